@@ -1,0 +1,183 @@
+"""How close does `coresift embed` come to a bare torch loop on the same images, model and threads?
+
+    python benchmarks/bench_embed.py POOL.parquet [embed's own options]
+
+Both decode, resize and encode every image. The bare loop is one process: read a row group, decode, transform, forward.
+Given: whole-run wall time, steady rate (after the first part, or the same number of images), peak memory (PSS summed
+over all processes of the run, so that shared pages count once), and how the features agree. Without arguments it runs
+on scikit-learn's digits with a small random ResNet, so that it needs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+
+
+def bare_loop(pool: str, threads: int, arguments: list[str], out: str) -> None:
+    """Embed with plain torch; write the features and the times."""
+    import numpy as np
+    import pyarrow.parquet as pq
+    import timm
+    import torch
+    from PIL import Image
+    from timm.data import create_transform, resolve_model_data_config
+
+    from engine.encoders import build_backbone, preprocessing
+    from engine.schema import build_options
+    from engine.verbs import EmbedOptions
+
+    began = time.perf_counter()
+    torch.set_num_threads(threads)
+    options = build_options(EmbedOptions, {"pool": pool, "out": "-", **parse(arguments)}, "bare loop")
+    model = build_backbone(options).eval().to(memory_format=torch.channels_last)
+    config = {**resolve_model_data_config(model), **preprocessing(model, options)}
+    transform = create_transform(**{k: config[k] for k in ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")})
+    batch, features, marks = [], [], []
+    size = options.batch_size or 16
+
+    def forward() -> None:
+        with torch.inference_mode():
+            images = torch.stack(batch).contiguous(memory_format=torch.channels_last)
+            features.append(model(images).numpy())
+        batch.clear()
+        marks.append(time.perf_counter() - began)
+
+    with pq.ParquetFile(pool) as file:
+        for group in range(file.num_row_groups):
+            for value in file.read_row_group(group, columns=["image"])["image"].to_pylist():
+                batch.append(transform(Image.open(io.BytesIO(value["bytes"])).convert("RGB")))
+                if len(batch) == size:
+                    forward()
+    if batch:
+        forward()
+    np.save(out, np.concatenate(features))
+    Path(out + ".json").write_text(json.dumps({"seconds": time.perf_counter() - began, "marks": marks, "timm": timm.__version__}))
+
+
+def parse(arguments: list[str]) -> dict[str, object]:
+    """Return embed's own flags as option values."""
+    parsed: dict[str, object] = {}
+    for flag, value in zip(arguments[::2], arguments[1::2], strict=True):
+        name = flag.removeprefix("--").replace("-", "_")
+        parsed[name] = [*parsed.get(name, []), value] if name == "model_option" else value
+    return parsed
+
+
+def measured(command: list[str]) -> tuple[float, float]:
+    """Run a command; return its wall time in s and the peak PSS of it and all its descendants in GiB."""
+    began, peak, done = time.perf_counter(), 0.0, threading.Event()
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+    def watch() -> None:
+        nonlocal peak
+        parent = psutil.Process(process.pid)
+        while not done.wait(1.0):
+            total = 0
+            try:
+                for member in [parent, *parent.children(recursive=True)]:
+                    try:
+                        total += member.memory_full_info().pss
+                    except (psutil.NoSuchProcess, psutil.AccessDenied):
+                        continue
+            except psutil.NoSuchProcess:
+                return
+            peak = max(peak, total / 2**30)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    code = process.wait()
+    seconds = time.perf_counter() - began
+    done.set()
+    watcher.join()
+    if code:
+        raise SystemExit(f"{' '.join(command)} ended with {code}")
+    return seconds, peak
+
+
+def digits_pool(folder: Path) -> str:
+    """Write scikit-learn's digits as Parquet in the Hugging Face image convention."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    rows = []
+    for index, pixels in enumerate(load_digits().images):
+        buffer = io.BytesIO()
+        Image.fromarray((pixels * 255 / 16).astype("uint8")).save(buffer, format="PNG")
+        rows.append({"image": {"bytes": buffer.getvalue(), "path": f"{index}.png"}})
+    pq.write_table(pa.Table.from_pylist(rows), folder / "digits.parquet")
+    return str(folder / "digits.parquet")
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--bare"]:
+        bare_loop(sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4]), sys.argv[5])
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pool", nargs="?")
+    parser.add_argument("--keep", help="folder to leave the features in")
+    known, arguments = parser.parse_known_args()
+    import numpy as np
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        pool = known.pool or digits_pool(folder)
+        if not known.pool:
+            arguments = ["--backbone", "resnet18", "--weights", "random", "--image-size", "64"]
+        out = known.keep or str(folder / "features")
+        threads = len(os.sched_getaffinity(0))
+        bare_wall, bare_peak = measured(
+            [sys.executable, __file__, "--bare", pool, str(threads), json.dumps(arguments), str(folder / "bare.npy")]
+        )
+        wall, peak = measured([sys.executable, "-m", "cli", "embed", pool, "--out", out, *arguments])
+        bare = json.loads((folder / "bare.npy.json").read_text())
+        from engine.store import FeatureStore
+
+        store = FeatureStore(out)
+        ours, theirs = store.vectors(), np.load(folder / "bare.npy")
+        cosine = (ours * theirs).sum(1) / (np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1))
+        n, spent = len(ours), store.manifest["time"]
+        steady = spent["steady_rows_per_s"]
+        marks = bare["marks"]
+        after = len(marks) // 20
+        bare_steady = (n - n * (after + 1) / len(marks)) / (marks[-1] - marks[after])
+    rows = [
+        ("", "bare torch loop", "coresift embed", "ratio"),
+        ("whole run, s", f"{bare_wall:.1f}", f"{wall:.1f}", f"{bare_wall / wall:.2f}"),
+        ("whole run, images/s", f"{n / bare_wall:.1f}", f"{n / wall:.1f}", f"{bare_wall / wall:.2f}"),
+        ("steady, images/s", f"{bare_steady:.1f}", f"{steady:.1f}", f"{steady / bare_steady:.2f}"),
+        ("peak PSS, GiB", f"{bare_peak:.2f}", f"{peak:.2f}", ""),
+    ]
+    print(f"{n} images, {threads} CPUs, {' '.join(arguments)}, least cosine {cosine.min():.7f}")
+    for row in rows:
+        print(f"{row[0]:<22}{row[1]:>18}{row[2]:>18}{row[3]:>8}")
+    result = {
+        "images": n,
+        "bare_s": bare_wall,
+        "coresift_s": wall,
+        "whole_ratio": bare_wall / wall,
+        "steady_ratio": steady / bare_steady,
+        "bare_peak_gib": bare_peak,
+        "peak_gib": peak,
+        "least_cosine": float(cosine.min()),
+        "versions": store.manifest["versions"],
+    }
+    print(json.dumps(result, sort_keys=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""What a person sees: progress on stderr, the result on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+SHOW_AFTER_S = 2.0
+LINE_EVERY_S = 10.0
+
+
+class RateAndRest(ProgressColumn):
+    """Rate since the stage was first seen here, and the time left at that rate."""
+
+    def render(self, task: Task) -> Text:
+        """Return the column's text for one stage."""
+        return Text(rate_and_rest(task.completed - task.fields["base"], (task.total or 0) - task.completed, task.elapsed or 0))
+
+
+def rate_and_rest(done: float, left: float, elapsed_s: float) -> str:
+    """Return e.g. '310.2/s, 2:05 left'; empty while nothing is done yet."""
+    if done <= 0 or left < 0 or elapsed_s <= 0:
+        return ""
+    rate = done / elapsed_s
+    if left <= 0:
+        return f"{rate:,.1f}/s"
+    minutes, seconds = divmod(round(left / rate), 60)
+    hours, minutes = divmod(minutes, 60)
+    clock = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    return f"{rate:,.1f}/s, {clock} left"
+
+
+class Watcher:
+    """Shows the progress of anything that takes longer than two seconds: a bar on a terminal, else a line now and then."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.console = Console(stderr=True)
+        self.bar: Progress | None = None
+        self.started: dict[str, tuple[float, int]] = {}
+        self.tasks: dict[str, Any] = {}
+        self.last_line = 0.0
+
+    def __call__(self, stage: str, done: int, total: int, note: str) -> None:
+        """Take note of progress; an engine's Progress."""
+        now = time.monotonic()
+        began, base = self.started.setdefault(stage, (now, done))
+        if self.quiet or now - min(t for t, _ in self.started.values()) < SHOW_AFTER_S:
+            return
+        if self.console.is_terminal:
+            self._draw(stage, done, total, note, began, base)
+        elif now - self.last_line >= LINE_EVERY_S:
+            self.last_line = now
+            counts = f"{done:,} of {total:,}" if total else f"{done:,}"
+            words = [f"{stage}: {counts}", rate_and_rest(done - base, total - done, now - began), note]
+            self.console.print(", ".join(word for word in words if word), highlight=False, markup=False)
+
+    def _draw(self, stage: str, done: int, total: int, note: str, began: float, base: int) -> None:
+        if self.bar is None:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(24),
+                MofNCompleteColumn(),
+                RateAndRest(),
+                TimeElapsedColumn(),
+            )
+            self.bar = Progress(*columns, TextColumn("{task.fields[note]}", markup=False), console=self.console, transient=True)
+            self.bar.start()
+        if stage not in self.tasks:
+            self.tasks[stage] = self.bar.add_task(stage, total=total or None, note=note, base=base)
+            self.bar.tasks[-1].start_time = self.bar.get_time() - (time.monotonic() - began)
+        self.bar.update(self.tasks[stage], completed=done, total=total or None, note=note)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """Print one machine-readable line on stdout."""
+    sys.stdout.write(json.dumps(result, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def error(message: str) -> None:
+    """Print one line on stderr."""
+    Console(stderr=True, soft_wrap=True).print(
+        f"error: {' '.join(message.split())}", style="red", markup=False, highlight=False
+    )
+
+
+def say(text: str) -> None:
+    """Print a result for a person, on stdout."""
+    Console(soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+DISTANCES = ("mean_distance", "covering_radius", "emd")
+
+
+def digits_of(metric: str) -> int:
+    """Return the decimals a metric is shown with: distances are near 1, the others are percentages."""
+    return 4 if metric in DISTANCES else 2
+
+
+def table(title: str, header: list[str], rows: list[list[str]], figures: int = 1_000_000) -> None:
+    """Print a table on stdout; after the first column, `figures` columns are figures and set to the right."""
+    grid = Table(title=title, title_justify="left", title_style="bold")
+    for index, name in enumerate(header):
+        grid.add_column(name, justify="right" if 0 < index <= figures else "left", no_wrap=index == 0)
+    for row in rows:
+        grid.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(grid)
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """Return a figure for a table; a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def comparison_tables(rows: list[dict[str, Any]]) -> None:
+    """Print one table a budget: a row for each strategy, a column for each metric, mean and spread over the seeds."""
+    budgets = list(dict.fromkeys(row["budget"] for row in rows))
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    for budget in budgets:
+        lines: dict[str, list[str]] = {}
+        for metric in metrics:
+            for row in rows:
+                if row["budget"] == budget and row["metric"] == metric:
+                    digits = digits_of(metric) - 1
+                    spread = "" if row["std"] is None else f" ± {row['std']:.{digits}f}"
+                    lines.setdefault(row["strategy"], [row["strategy"]]).append(number(row["mean"], digits) + spread)
+        seeds = max(row["seeds"] for row in rows)
+        table(f"{budget} labels, mean ± standard deviation over {seeds} seeds", ["strategy", *metrics], list(lines.values()))

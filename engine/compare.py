@@ -1,0 +1,154 @@
+"""Strategies x budgets x seeds on one feature store: what each was worth, as mean and spread over the seeds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from engine.blocks import Ints
+from engine.evaluate import Labelled, check_metrics, measure, read_test
+from engine.schema import InputError, Progress, no_progress, parse_budgets, parse_pairs, result_options
+from engine.select import Method, Strategy, open_shards, prefix, run_method, strategy_options, write_selection
+from engine.shards import Request, Shards, Step, prepare
+from engine.store import FeatureStore, Place, begin, publish, read_manifest, table_bytes
+from engine.verbs import CompareOptions
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One strategy with its options, as named on the command line: `kmeans:restarts=1`."""
+
+    name: str
+    strategy: Strategy
+    method: Method
+    options: Any
+
+
+def _entrant(spec: str) -> Entrant:
+    name, *pairs = spec.split(":")
+    strategy, method, options = strategy_options(name, parse_pairs(pairs, "strategy option"))
+    return Entrant(spec, strategy, method, options)
+
+
+@dataclass(frozen=True)
+class Arena:
+    """What all cells share."""
+
+    place: Place
+    store: FeatureStore
+    shards: Shards
+    test: Labelled | None
+    options: CompareOptions
+
+
+def _cell(arena: Arena, entrant: Entrant, seed: int, count: int) -> Place:
+    return arena.place.at("cells", entrant.name.replace(":", ","), f"seed-{seed}", str(count))
+
+
+def _read_cell(place: Place) -> list[dict[str, Any]] | None:
+    manifest = read_manifest(place.at("metrics"))
+    return None if manifest is None else list(manifest["metrics"])
+
+
+def _publish_cell(arena: Arena, entrant: Entrant, seed: int, step: Step, seconds: float) -> None:
+    """Write the selection and its metrics, each a folder as everywhere."""
+    place, count, nothing = _cell(arena, entrant, seed, len(step.picks)), len(step.picks), np.empty(0, dtype=np.int64)
+    inputs = {"features": arena.store.digest}
+    identity = {
+        "strategy": entrant.strategy.name,
+        "options": result_options(entrant.options),
+        "seed": seed,
+        "count": count,
+        "normalize": True,
+    }
+    selection = place.at("selection")
+    facts = {"time": {"seconds_s": round(seconds, 3)}}
+    if begin(selection, "selection", inputs, identity, overwrite=False) is None:
+        write_selection(selection, arena.store, step, nothing, facts)
+    begin(place.at("metrics"), "metrics", inputs, identity, overwrite=False)
+    results = [{"metric": "seconds", "value": seconds, "note": "of the selection (of the largest budget, if nested)"}]
+    for metric, value, note in measure(arena.store, arena.shards, np.sort(step.picks), arena.test, arena.options, seed):
+        results.append({"metric": metric, "value": value, "note": note})
+    publish(place.at("metrics"), {"metrics": results})
+
+
+def _run(arena: Arena, entrant: Entrant, seed: int, counts: list[int], done: Callable[[str], None]) -> None:
+    """Run what is missing of one strategy and seed."""
+    todo = [count for count in counts if _read_cell(_cell(arena, entrant, seed, count)) is None]
+    for _ in range(len(counts) - len(todo)):
+        done(entrant.name)
+    for run in [todo] if entrant.strategy.nested and todo else [[count] for count in todo]:
+        none: Ints = np.empty(0, dtype=np.int64)
+        prepare(arena.shards, none)
+        began = time.perf_counter()
+        step = run_method(entrant.method, arena.shards, Request(run[-1], seed, none), entrant.options)
+        seconds = time.perf_counter() - began
+        for count in run:
+            _publish_cell(arena, entrant, seed, prefix(step, count), seconds)
+            done(f"{entrant.name}, {count} picks, seed {seed}")
+
+
+def _summarise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one row for each strategy, budget and metric: mean and sample standard deviation over the seeds."""
+    groups: dict[tuple[str, int, str], list[float]] = {}
+    for cell in cells:
+        group = groups.setdefault((cell["strategy"], cell["budget"], cell["metric"]), [])
+        if cell["value"] is not None:
+            group.append(cell["value"])
+    rows = []
+    for (strategy, budget, metric), values in groups.items():
+        mean = float(np.mean(values)) if values else None
+        spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        rows.append(
+            {"strategy": strategy, "budget": budget, "metric": metric, "mean": mean, "std": spread, "seeds": len(values)}
+        )
+    return rows
+
+
+def compare(options: CompareOptions, progress: Progress = no_progress) -> dict[str, Any]:
+    """Select and measure every combination; return the manifest, whose `table` has a row per strategy, budget, metric.
+
+    Each cell is published as it is finished, so the same command run again goes on where it stopped. Also writes
+    results.parquet with every single value.
+    """
+    check_metrics(options.metrics, options.test)
+    store = FeatureStore(options.features)
+    entrants = [_entrant(spec.strip()) for spec in options.strategies]
+    names = [entrant.name for entrant in entrants]
+    if len(set(names)) != len(names):
+        raise InputError(f"--strategies {','.join(names)} names one twice")
+    counts = sorted(parse_budgets(options.budget, store.num_vectors, store.num_vectors))
+    test = read_test(options.test, store) if options.test else None
+    place = Place(options.out)
+    inputs = {"features": store.digest, "test": FeatureStore(options.test).digest if options.test else None}
+    published = begin(place, "comparison", inputs, result_options(options), options.overwrite)
+    if published is not None:
+        return published
+    columns = tuple(dict.fromkeys(name for entrant in entrants for name in entrant.strategy.columns))
+    shards, close = open_shards(store, options.workers, options.address, True, columns)
+    arena = Arena(place, store, shards, test, options)
+    finished, total = 0, len(entrants) * options.seeds * len(counts)
+
+    def done(note: str) -> None:
+        nonlocal finished
+        finished += 1
+        progress("compare", finished, total, note)
+
+    cells = []
+    progress("compare", 0, total, "")
+    for seed in range(options.seeds):
+        for entrant in entrants:
+            _run(arena, entrant, seed, counts, done)
+    close()
+    for entrant in entrants:
+        for count in counts:
+            for seed in range(options.seeds):
+                for result in _read_cell(_cell(arena, entrant, seed, count)) or []:
+                    cells.append({"strategy": entrant.name, "budget": count, "seed": seed, **result})
+    place.at("results.parquet").write(table_bytes(pa.Table.from_pylist(cells)))
+    return publish(place, {"table": _summarise(cells), "num_cells": total})

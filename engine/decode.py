@@ -1,0 +1,63 @@
+"""From the bytes of one image file to 8-bit RGB, or a reason why not."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
+
+
+class BadImageError(ValueError):
+    """This image cannot be used; the message is the reason written to rejected.parquet."""
+
+
+def _to_8bit(image: Image.Image) -> Image.Image:
+    """Return a 16-bit (or 32-bit integer holding 16-bit) grey image scaled to 8 bits: 65,535 becomes 255."""
+    values = np.asarray(image).astype(np.int64)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise BadImageError(f"integer pixels from {low} to {high} have no known range")
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in SIXTEEN_BIT or image.mode == "I":
+        image = _to_8bit(image)
+    if image.mode == "F":
+        raise BadImageError("floating-point pixels have no known range")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def decode(data: bytes, max_pixels: int) -> tuple[Image.Image, tuple[int, int]]:
+    """Return an RGB image and its (width, height) in px as stored.
+
+    Grey, palette, CMYK and 16-bit images are converted, alpha is dropped, an animation gives its first frame; EXIF
+    rotation is not applied (as in torchvision's and timm's loaders, with which the published features were made).
+    The size is read from the header and checked against `max_pixels` before anything is decoded.
+
+    Raises BadImageError with the reason.
+    """
+    if not data:
+        raise BadImageError("empty file")
+    Image.MAX_IMAGE_PIXELS = None  # the check below is ours, with the user's own limit
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata in images that decode well
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise BadImageError(f"{width} x {height} = {width * height:,} pixels is above --max-pixels {max_pixels:,}")
+                return _to_rgb(image), (width, height)
+    except UnidentifiedImageError:
+        raise BadImageError("not an image file that Pillow knows") from None
+    except BadImageError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        # Pillow's format plug-ins raise any of these on damaged files
+        raise BadImageError(f"{type(error).__name__}: {error}") from error

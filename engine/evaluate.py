@@ -1,0 +1,205 @@
+"""What a selection is worth on stored features: 1-NN, k-NN, a linear probe, and how well it covers the pool.
+
+All on L2-normalised vectors (Pourahmadi et al. 2021; Xie et al. 2023). The training set is what was labelled before
+the selection, and its picks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.blocks import Block, Ints, merge_smallest, nearest, nearest_sqdist, normalize, random_keys, smallest
+from engine.schema import InputError, Progress, no_progress, result_options
+from engine.select import open_shards, read_selection
+from engine.shards import Shards
+from engine.store import FeatureStore, Place, begin, publish
+from engine.verbs import CompareOptions, EvaluateOptions
+
+LINEAR_RATE, LINEAR_BATCH = 0.01, 128
+EMD_KEY = 7
+
+
+Measures = EvaluateOptions | CompareOptions
+"""Both have the options that `measure` reads: metrics, neighbors, linear_epochs, emd_sample."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Normalised vectors (n, d) float32 and their labels (n,)."""
+
+    x: torch.Tensor
+    y: Ints
+
+
+Result = tuple[str, float | None, str]
+"""(metric, value, note); the value is None where the metric is not defined, and the note says why."""
+
+
+def read_test(uri: str, store: FeatureStore) -> Labelled:
+    """Open a labelled test store; raises InputError when its dimension, classes or labels don't fit `store`."""
+    test = FeatureStore(uri)
+    if test.dim != store.dim:
+        raise InputError(f"{uri} has vectors of {test.dim} floats, {store.place.uri} of {store.dim}: embed both the same way")
+    if test.class_names and store.class_names and test.class_names != store.class_names:
+        raise InputError(f"{uri} and {store.place.uri} don't have the same classes: {test.class_names} and {store.class_names}")
+    if (test.labels < 0).any():
+        raise InputError(f"{uri} has {int((test.labels < 0).sum())} images without a label: a test store has one for each")
+    return Labelled(normalize(torch.from_numpy(test.vectors())), test.labels)
+
+
+def knn_accuracy(train: Labelled, test: Labelled, k: int) -> float:
+    """Return the share of test rows that get their own label from a vote of their k nearest picks (L2), in percent.
+
+    Equal votes go to the class with the nearest pick among them, equal distances to the earlier pick.
+    """
+    if k == 1:
+        found = train.y[nearest(test.x, train.x)]
+        return 100 * float((found == test.y).mean())
+    classes, coded = np.unique(train.y, return_inverse=True)
+    right = 0
+    wide = train.x.double()
+    squares = (wide * wide).sum(dim=1)
+    for start in range(0, len(test.y), 1024):
+        part = slice(start, start + 1024)
+        distance = torch.addmm(squares, test.x[part].double(), wide.T, alpha=-2).numpy()
+        votes = coded[np.argsort(distance, axis=1, kind="stable")[:, :k]]
+        line = np.arange(len(votes))[:, None]
+        score = np.zeros((len(votes), len(classes)))
+        np.add.at(score, (line, votes), 1.0)
+        rank = np.full(score.shape, k)
+        np.minimum.at(rank, (np.broadcast_to(line, votes.shape), votes), np.broadcast_to(np.arange(k), votes.shape))
+        right += int((classes[(score - rank / (k + 1)).argmax(axis=1)] == test.y[part]).sum())
+    return 100 * right / len(test.y)
+
+
+def linear_accuracy(train: Labelled, test: Labelled, epochs: int, seed: int) -> float:
+    """Return the last epoch's test accuracy, in percent, of one linear layer on normalised features.
+
+    Adam, rate 0.01, batch 128, x0.1 at half and three quarters of the epochs (100 in the paper, Pourahmadi et al.
+    2021), no weight decay. Deviation: stored features, so no augmentation.
+    """
+    classes = int(max(train.y.max(), test.y.max())) + 1
+    generator = torch.Generator().manual_seed(seed)
+    head = torch.nn.Linear(train.x.shape[1], classes)
+    bound = train.x.shape[1] ** -0.5
+    with torch.no_grad():
+        head.weight.uniform_(-bound, bound, generator=generator)
+        head.bias.uniform_(-bound, bound, generator=generator)
+    optimizer = torch.optim.Adam(head.parameters(), lr=LINEAR_RATE)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [epochs // 2, epochs * 3 // 4], gamma=0.1)
+    labels = torch.from_numpy(train.y)
+    for _ in range(epochs):
+        for batch in torch.split(torch.randperm(len(labels), generator=generator), LINEAR_BATCH):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(head(train.x[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        schedule.step()
+    with torch.inference_mode():
+        found = head(test.x).argmax(dim=1).numpy()
+    return 100 * float((found == test.y).mean())
+
+
+def _distances(block: Block, picks: npt.NDArray[np.float32]) -> tuple[int, float, float]:
+    """Return (rows, sum, maximum) of the distances from the block's rows to their nearest pick."""
+    _, sqdist = nearest_sqdist(block.x, torch.tensor(picks), block.norms)
+    distance = np.sqrt(sqdist)
+    return len(distance), float(distance.sum()), float(distance.max(initial=0.0))
+
+
+def _sample(block: Block, seed: int, m: int) -> tuple[npt.NDArray[np.uint64], Ints]:
+    return smallest(random_keys(seed, (EMD_KEY,), block.rows), block.rows, m)
+
+
+def earth_movers_distance(shards: Shards, picks: Ints, sample: int, seed: int) -> tuple[float, str]:
+    """Return the exact earth mover's distance (L2) from a seeded sample of the pool to the picks, equal weights each.
+
+    At most `sample` pool rows and `sample` picks take part; the note says how many did.
+    """
+    import ot
+
+    _, rows = shards.map(_sample, seed, sample, combine=partial(merge_smallest, sample))
+    if len(picks) > sample:
+        _, picks = smallest(random_keys(seed, (EMD_KEY,), picks), picks, sample)
+    cost = torch.cdist(shards.take(rows).double(), shards.take(picks).double()).numpy()
+    value, log = ot.emd2([], [], cost, numItermax=10_000_000, log=True, return_matrix=False)
+    if log.get("warning"):
+        raise ArithmeticError(f"earth mover's distance did not converge: {log['warning']}")
+    return float(value), f"exact on {len(rows):,} pool rows and {len(picks):,} picks"
+
+
+def coverage(store: FeatureStore, shards: Shards, rows: Ints, sample: int, seed: int) -> Iterator[Result]:
+    """Yield how well the labelled rows cover the pool, with labels where there are any and without."""
+    if store.has_labels:
+        known = store.labels[store.labels >= 0]
+        classes = np.unique(known)
+        mine = store.labels[np.searchsorted(store.rows, rows)]
+        share = 100 * float(np.isin(classes, mine).mean())
+        yield "class_coverage", share, f"% of {len(classes)} classes"
+    counts = shards.map(_distances, shards.take(rows).numpy())
+    total = sum(count for count, _, _ in counts)
+    yield "mean_distance", sum(value for _, value, _ in counts) / total, "L2, pool row to its nearest pick"
+    yield "covering_radius", max(value for _, _, value in counts), "L2, the farthest pool row"
+    value, note = earth_movers_distance(shards, rows, sample, seed)
+    yield "emd", value, note
+
+
+def measure(
+    store: FeatureStore, shards: Shards, rows: Ints, test: Labelled | None, options: Measures, seed: int
+) -> Iterator[Result]:
+    """Yield every metric asked for, for the labelled pool rows `rows`; `shards` hold the normalised vectors."""
+    if "coverage" in options.metrics:
+        yield from coverage(store, shards, rows, options.emd_sample, seed)
+    if test is None:
+        return
+    labels = store.labels[np.searchsorted(store.rows, rows)]
+    if (labels < 0).any():
+        raise InputError(f"{int((labels < 0).sum())} of the {len(rows)} labelled images have no label in {store.place.uri}")
+    train = Labelled(shards.take(rows), labels)
+    for k in options.neighbors if "knn" in options.metrics else ():
+        enough = k <= len(rows)
+        note = "% top-1, L2 on normalised features" if enough else f"needs {k} picks, there are {len(rows)}"
+        yield f"knn_{k}", knn_accuracy(train, test, k) if enough else None, note
+    if "linear" in options.metrics:
+        yield "linear", linear_accuracy(train, test, options.linear_epochs, seed), "% top-1, stored features, no augmentation"
+
+
+def check_metrics(metrics: tuple[str, ...], test: str | None) -> None:
+    """Raise InputError when a metric needs a test store and there is none."""
+    needs = [name for name in metrics if name in ("knn", "linear")]
+    if needs and test is None:
+        raise InputError(f"metrics {', '.join(needs)} need --test FEATURES; or ask for --metrics coverage")
+
+
+def evaluate(options: EvaluateOptions, progress: Progress = no_progress) -> list[dict[str, Any]]:
+    """Measure a selection; return [{metric, value, note}], and publish it as metrics/ if `out` is given."""
+    check_metrics(options.metrics, options.test)
+    store = FeatureStore(options.features)
+    selection = read_selection(options.selection, store)
+    test = read_test(options.test, store) if options.test else None
+    place = Place(options.out) if options.out else None
+    if place:
+        inputs = {
+            "features": store.digest,
+            "selection": selection.manifest["digest"],
+            "test": FeatureStore(options.test).digest if options.test else None,
+        }
+        published = begin(place, "metrics", inputs, result_options(options), options.overwrite)
+        if published is not None:
+            return list(published["metrics"])
+    rows = np.union1d(selection.picks, selection.labeled)
+    shards, close = open_shards(store, options.workers, options.address, True, ())
+    results = []
+    for metric, value, note in measure(store, shards, rows, test, options, options.seed):
+        results.append({"metric": metric, "value": value, "note": note})
+        progress("evaluate", len(results), 0, metric)
+    close()
+    if place:
+        publish(place, {"metrics": results, "num_labeled": len(rows)})
+    return results

@@ -1,0 +1,65 @@
+"""What a folder of ours, or a pool, holds."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from engine.schema import InputError
+from engine.sources import open_pool
+from engine.store import FeatureStore, Place, read_manifest
+
+SHOWN = {
+    "features": ("num_rows", "num_vectors", "num_rejected", "num_labeled", "dim", "dtype", "block_rows", "encoder", "pool"),
+    "selection": ("features", "num_rows", "num_picks", "num_labeled", "objective", "options"),
+    "metrics": ("metrics",),
+    "comparison": ("num_cells", "options"),
+    "images": ("num_images",),
+}
+"""What is told of each kind of folder, beside its state, digest, versions and times."""
+
+
+def _label_balance(store: FeatureStore) -> dict[str, int]:
+    """Return the number of images of each class, by name where the store has names."""
+    labels, counts = np.unique(store.labels[store.labels >= 0], return_counts=True)
+    names = store.class_names or []
+    return {names[i] if i < len(names) else str(i): int(n) for i, n in zip(labels.tolist(), counts, strict=True)}
+
+
+def _unfinished(place: Place) -> dict[str, Any]:
+    begun = json.loads(place.at("run.json").read())
+    parts = [name for name in place.at("parts").names() if name.endswith(".arrow")]
+    facts: dict[str, Any] = {"kind": begun["kind"], "state": "unfinished", "options": begun["options"]}
+    if begun["kind"] == "features":
+        facts["parts_done"] = len(parts)
+    return facts
+
+
+def _pool(uri: str) -> dict[str, Any]:
+    pool = open_pool(uri)
+    classes = list(pool.class_names) if pool.class_names else None
+    return {"kind": "pool", "source": pool.kind, "num_rows": pool.num_rows, "class_names": classes, "digest": pool.digest}
+
+
+def describe(path: str) -> dict[str, Any]:
+    """Return facts about a folder that coresift wrote (finished or not) or a pool of images, ready for JSON.
+
+    Raises InputError when it is neither.
+    """
+    place = Place(path)
+    manifest = read_manifest(place)
+    if manifest is None:
+        if place.at("run.json").exists():
+            return {"path": path, **_unfinished(place)}
+        if not place.exists():
+            raise InputError(f"{path} does not exist")
+        return {"path": path, **_pool(path)}
+    shown = {key: manifest[key] for key in SHOWN[manifest["kind"]] if key in manifest}
+    facts = {"path": path, "kind": manifest["kind"], "state": "published", **shown}
+    if manifest["kind"] == "features":
+        facts["num_parts"] = len(manifest["parts"])
+        facts["label_balance"] = _label_balance(FeatureStore(path))
+    kept: dict[str, Any] = {key: manifest[key] for key in ("digest", "published", "time", "versions") if key in manifest}
+    return {**facts, **kept}

@@ -1,0 +1,261 @@
+"""Selection: the STRATEGIES table, and `select`, which runs a strategy and publishes what it picked."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from engine import session
+from engine.blocks import Ints
+from engine.schema import (
+    InputError,
+    Progress,
+    build_options,
+    fields_of,
+    lookup,
+    no_progress,
+    parse_budgets,
+    parse_pairs,
+    result_options,
+)
+from engine.shards import RayShards, Request, Shards, Step, check_finite, fits, open_local, prepare
+from engine.store import FeatureStore, Place, begin, digest_of, publish, read_manifest, table_bytes
+from engine.verbs import SelectOptions
+
+Method = Callable[[Shards, Request, Any], Iterator[Step]]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A row of STRATEGIES. `columns` are the store's columns that the method reads beside the vectors.
+
+    `nested`: the picks for a smaller budget are a prefix of those for a larger one, so one run answers them all.
+    """
+
+    module: str
+    name: str
+    summary: str
+    nested: bool = False
+    columns: tuple[str, ...] = ()
+
+    def load(self) -> tuple[Method, type[Any]]:
+        """Import the module; return its method and its Options."""
+        module = importlib.import_module(self.module)
+        return getattr(module, self.name), module.Options
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "random": Strategy("engine.select.baselines", "random", "one seeded permutation of the pool", nested=True),
+    "uniform": Strategy(
+        "engine.select.baselines", "uniform", "equally many of every class, by the pool's own labels", columns=("label",)
+    ),
+    "kmeans": Strategy("engine.select.kmeans", "kmeans", "the image nearest to each of `budget` k-means centres"),
+    "coreset": Strategy(
+        "engine.select.coreset", "coreset", "k-center greedy: always the image farthest from all picks", nested=True
+    ),
+}
+
+
+def strategy_options(name: str, given: dict[str, Any]) -> tuple[Strategy, Method, Any]:
+    """Look a strategy up and check its options; raises InputError that lists what is allowed."""
+    strategy = lookup(name, STRATEGIES, "strategy")
+    method, declared = strategy.load()
+    return strategy, method, build_options(declared, given, f"strategy {name!r}")
+
+
+def run_method(
+    method: Method, shards: Shards, request: Request, options: Any, progress: Progress = no_progress, stage: str = "select"
+) -> Step:
+    """Run a method to its end and return its last step, checked against the contract of every strategy."""
+    last = None
+    for last in method(shards, request, options):
+        progress(stage, last.number, last.total, last.note)
+    assert last is not None
+    assert len(last.picks) == len(last.gains) == len(np.unique(last.picks)) == request.budget
+    assert not np.isin(last.picks, request.labeled).any()
+    return last
+
+
+def read_labeled(uri: str | None, store: FeatureStore) -> Ints:
+    """Return the labelled pool rows, ascending, out of a selection folder, ids (.txt), or rows (.json, .npy).
+
+    Rows without a vector (rejected images) are left out. Raises InputError for ids or rows the store doesn't know.
+    """
+    if uri is None:
+        return np.empty(0, dtype=np.int64)
+    place = Place(uri)
+    if not place.exists():
+        raise InputError(f"--labeled {uri!r} does not exist")
+    if uri.endswith(".txt"):
+        return _rows_of_ids(uri, place.read().decode().splitlines(), store)
+    if uri.endswith(".npy"):
+        import io
+
+        values = np.load(io.BytesIO(place.read()), allow_pickle=False)
+    elif uri.endswith(".json"):
+        values = np.array(json.loads(place.read()))
+    elif place.at("manifest.json").exists():
+        selection = read_selection(uri, store)
+        values = np.concatenate([selection.labeled, selection.picks])
+    else:
+        raise InputError(f"--labeled {uri!r} is neither a selection folder nor a .txt, .json or .npy file")
+    if values.size and (values.ndim != 1 or values.dtype.kind not in "iu"):
+        raise InputError(f"--labeled {uri!r} must hold a flat list of pool rows")
+    rows = np.unique(values.astype(np.int64))
+    outside = rows[(rows < 0) | (rows >= store.num_rows)]
+    if len(outside):
+        raise InputError(f"--labeled {uri!r} names row {outside[0]}; the pool has rows 0 to {store.num_rows - 1}")
+    return np.intersect1d(rows, store.rows)
+
+
+def _rows_of_ids(uri: str, lines: list[str], store: FeatureStore) -> Ints:
+    ids = [line for line in lines if line]
+    at = pa.compute.index_in(pa.array(ids, pa.string()), store.read_column("id").combine_chunks())
+    if at.null_count:
+        unknown = ids[at.is_null().to_pylist().index(True)]
+        raise InputError(f"--labeled {uri!r} names {unknown!r}, which is not among the pool's ids ({at.null_count} unknown)")
+    return np.unique(store.rows[at.to_numpy()])
+
+
+def open_shards(
+    store: FeatureStore, workers: int | None, address: str | None, normalized: bool, columns: tuple[str, ...]
+) -> tuple[Shards, Callable[[], None]]:
+    """Return the store's vectors as shards, and what closes them.
+
+    In this process for `workers` 0, or None when they fit its memory; else on Ray actors. Raises InputError when a
+    vector is not finite.
+    """
+    shards: Shards
+    if workers == 0 or (workers is None and fits(store)):
+        shards, close = open_local(store, normalized, columns), _nothing_to_close
+    else:
+        session.connect(address)
+        cpus = session.cpus()
+        shards = on_actors = RayShards(store, workers or cpus, cpus, normalized, list(columns))
+        close = on_actors.close
+    check_finite(shards, store.place.uri)
+    return shards, close
+
+
+def _nothing_to_close() -> None:
+    """What closes shards that live in this process."""
+
+
+def write_selection(place: Place, store: FeatureStore, step: Step, labeled: Ints, facts: dict[str, Any]) -> dict[str, Any]:
+    """Publish a selection folder: picks.parquet, ids.txt, indices.json, labeled.json, manifest.json."""
+    ids = store.ids(step.picks)
+    table = pa.table(
+        {
+            "rank": pa.array(range(len(ids)), pa.int64()),
+            "id": pa.array(ids, pa.string()),
+            "row": pa.array(step.picks, pa.int64()),
+            "gain": pa.array(step.gains, pa.float64(), from_pandas=True),
+            **{name: pa.array(values) for name, values in step.columns.items()},
+        }
+    )
+    data = table_bytes(table)
+    place.at("picks.parquet").write(data)
+    place.at("ids.txt").write("".join(f"{name}\n" for name in ids).encode())
+    place.at("indices.json").write(json.dumps(step.picks.tolist()).encode())
+    place.at("labeled.json").write(json.dumps(labeled.tolist()).encode())
+    return publish(
+        place,
+        {
+            "features": store.place.uri,
+            "num_rows": store.num_rows,
+            "num_picks": len(ids),
+            "num_labeled": len(labeled),
+            "objective": step.objective,
+            "digest": digest_of(data.to_pybytes()),
+            **facts,
+        },
+    )
+
+
+def prefix(step: Step, count: int) -> Step:
+    """Return the first `count` picks of a nested method's last step."""
+    columns = {name: values[:count] for name, values in step.columns.items()}
+    objective = step.objective if count == len(step.picks) else None
+    return Step(step.number, step.total, step.picks[:count], step.gains[:count], step.note, objective, columns)
+
+
+def select(options: SelectOptions, progress: Progress = no_progress) -> list[dict[str, Any]]:
+    """Pick images from a feature store; return the manifest of each selection folder, one a budget.
+
+    One budget is published at `options.out`, several each in a folder below it named by its count. Raises InputError
+    for unusable input.
+    """
+    store = FeatureStore(options.features)
+    strategy, method, chosen = strategy_options(options.strategy, parse_pairs(options.option, "--option"))
+    labeled = read_labeled(options.labeled, store)
+    available = store.num_vectors - len(labeled)
+    budgets = parse_budgets(options.budget, store.num_vectors, available)
+    out = Place(options.out)
+    places = {count: out.at(str(count)) if len(budgets) > 1 else out for count in budgets}
+    inputs = {"features": store.digest, "labeled": digest_of(labeled.tolist())}
+    identity = {**result_options(options), "options": result_options(chosen)}
+    manifests: dict[int, dict[str, Any]] = {}
+    for count, place in places.items():
+        published = begin(place, "selection", inputs, {**identity, "count": count}, options.overwrite)
+        if published is not None:
+            manifests[count] = published
+    todo = sorted(set(budgets) - set(manifests))
+    if todo:
+        shards, close = open_shards(store, options.workers, options.address, options.normalize, strategy.columns)
+        runs = [todo] if strategy.nested else [[count] for count in todo]
+        for counts in runs:
+            prepare(shards, labeled)
+            began = time.perf_counter()
+            step = run_method(method, shards, Request(counts[-1], options.seed, labeled), chosen, progress)
+            facts = {"time": {"seconds_s": round(time.perf_counter() - began, 3)}}
+            for count in counts:
+                manifests[count] = write_selection(places[count], store, prefix(step, count), labeled, facts)
+        close()
+    return [manifests[count] for count in budgets]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A published selection: its manifest, its picks in pick order, and the rows that were labelled before it."""
+
+    manifest: dict[str, Any]
+    picks: Ints
+    labeled: Ints
+
+
+def read_selection(uri: str, store: FeatureStore) -> Selection:
+    """Open a selection folder; raises InputError if it is not one, or of other features."""
+    place = Place(uri)
+    manifest = read_manifest(place)
+    if manifest is None or manifest["kind"] != "selection":
+        below = [name for name in place.names() if place.at(name, "manifest.json").exists()] if manifest is None else []
+        hint = (
+            f"it holds one for each budget: {', '.join(place.at(name).uri for name in below[:4])}"
+            if below
+            else ("make one with `coresift select`")
+        )
+        raise InputError(f"{uri} is not a finished selection folder: {hint}")
+    if manifest["inputs"]["features"] != store.digest:
+        raise InputError(f"{uri} was selected from other features than {store.place.uri}")
+    picks, labeled = (json.loads(place.at(name).read()) for name in ("indices.json", "labeled.json"))
+    return Selection(manifest, np.array(picks, dtype=np.int64), np.array(labeled, dtype=np.int64))
+
+
+def describe_strategies() -> list[dict[str, Any]]:
+    """Return every strategy with its summary and its options: name, type, default, help."""
+    described = []
+    for name, strategy in STRATEGIES.items():
+        _, declared = strategy.load()
+        options = [{"name": f.name, "default": f.default, "help": f.opt.help} for f in fields_of(declared)]
+        reads = ["vectors", *strategy.columns]
+        described.append(
+            {"name": name, "summary": strategy.summary, "reads": reads, "nested": strategy.nested, "options": options}
+        )
+    return described

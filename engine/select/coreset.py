@@ -1,0 +1,141 @@
+"""`coreset`: k-center greedy (Sener & Savarese 2018; Gonzalez 1985), in batches with a certificate.
+
+Distances to what is picked only ever shrink. So the rows of largest current distance are brought to the driver as
+candidates, and `bound` is the largest distance not among them: as long as the best candidate beats it, the picks
+made among the candidates alone are exactly those of one-at-a-time greedy over the whole pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+import numpy as np
+import torch
+
+from engine.blocks import (
+    Block,
+    Floats,
+    Ints,
+    Ranked,
+    canonical_sqdist,
+    merge_smallest,
+    nearest_sqdist,
+    pairwise_sqdist,
+    random_keys,
+    smallest,
+)
+from engine.schema import Opt
+from engine.shards import Request, Shards, Step
+
+LABELED_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `coreset`."""
+
+    candidates: Annotated[
+        int, Opt("Rows brought to the driver a round; changes the time, never the picks.", min=1, max=65536, result=False)
+    ] = 1024
+
+
+def _lowest_key(block: Block, seed: int) -> Ranked:
+    rows = block.rows[block.eligible]
+    return smallest(random_keys(seed, (), rows), rows, 1)
+
+
+def _farthest_first(block: Block, centres: Floats, taken: Ints, m: int) -> Ranked:
+    """Lower the running minimum by new centres; return the m+1 open rows of largest distance (negated) first."""
+    if "sqdist" not in block.state:
+        block.state["sqdist"] = np.full(len(block.rows), np.inf)
+        block.state["open"] = block.eligible.copy()
+    if len(centres) and len(block.rows):
+        _, sqdist = nearest_sqdist(block.x, torch.tensor(centres), block.norms)
+        np.minimum(block.state["sqdist"], sqdist, out=block.state["sqdist"])
+    block.state["open"] &= ~np.isin(block.rows, taken)
+    return smallest(-block.state["sqdist"][block.state["open"]], block.rows[block.state["open"]], m + 1)
+
+
+class _Candidates:
+    """The driver's candidates: approximate distances to decide quickly, canonical ones where that is not enough."""
+
+    def __init__(self, x: torch.Tensor, rows: Ints, sqdist: Floats) -> None:
+        self.x, self.rows, self.sqdist = x, rows, sqdist
+        self.pairwise, self.error = pairwise_sqdist(x)
+        self.current = sqdist.copy()
+        self.picked: list[int] = []
+
+    def _canonical(self, candidate: int) -> float:
+        """Return the exact distance of a candidate to everything picked, from the picks that can matter."""
+        value = float(self.sqdist[candidate])
+        if self.picked:
+            picked = np.array(self.picked, dtype=np.int64)
+            approximate = self.pairwise[candidate, picked]
+            close = picked[approximate <= approximate.min() + 2 * self.error]
+            exact = canonical_sqdist(self.x, np.full(len(close), candidate, dtype=np.int64), self.x, close)
+            value = min(value, float(exact.min()))
+        return value
+
+    def best(self) -> tuple[float, int, int]:
+        """Return (-distance, row, index) of the farthest open candidate; ties go to the smaller row."""
+        contenders = np.flatnonzero(self.current >= self.current.max() - 2 * self.error)
+        return min((-self._canonical(int(c)), int(self.rows[c]), int(c)) for c in contenders)
+
+    def pick(self, candidate: int) -> None:
+        self.picked.append(candidate)
+        np.minimum(self.current, self.pairwise[candidate], out=self.current)
+        self.current[self.picked] = -np.inf
+
+
+def _greedy(candidates: _Candidates, bound: tuple[float, int], wanted: int) -> list[tuple[int, float]]:
+    """Pick among the candidates while the best of them beats `bound`; returns (index, squared distance)."""
+    made: list[tuple[int, float]] = []
+    while len(made) < min(wanted, len(candidates.rows)):
+        distance, row, index = candidates.best()
+        if (distance, row) > bound:
+            break
+        candidates.pick(index)
+        made.append((index, -distance))
+    return made
+
+
+def coreset(shards: Shards, request: Request, options: Options) -> Iterator[Step]:
+    """Repeatedly pick the row farthest (L2) from everything picked or labelled; ties go to the smaller row.
+
+    Starts from the labelled rows, or else from one seeded row. `gain` is a pick's distance to what was there
+    before it (empty for the seeded row); the objective is the covering radius. Smaller budgets are prefixes.
+    """
+    picks: list[int] = []
+    gains: list[float] = []
+    if request.budget == 0:
+        yield Step(0, 0, np.empty(0, dtype=np.int64), np.empty(0))
+        return
+    m = options.candidates
+    find = partial(shards.map, _farthest_first, combine=partial(merge_smallest, m + 1))
+    new = np.empty(0, dtype=np.int64)
+    if len(request.labeled):
+        for start in range(0, len(request.labeled), LABELED_CHUNK):
+            chunk = request.labeled[start : start + LABELED_CHUNK]
+            ranked = find(shards.take(chunk).numpy(), new, m)
+    else:
+        _, first = shards.map(_lowest_key, request.seed, combine=partial(merge_smallest, 1))
+        picks, gains, new = [int(first[0])], [np.nan], first
+        ranked = find(shards.take(new).numpy(), new, m)
+    rounds = 1
+    while True:
+        negated, rows = ranked
+        radius = float(np.sqrt(-negated[0])) if len(rows) else 0.0
+        yield Step(len(picks), request.budget, np.array(picks, dtype=np.int64), np.array(gains), f"{rounds} rounds", radius)
+        if len(picks) == request.budget:
+            return
+        bound = (float(negated[m]), int(rows[m])) if len(rows) > m else (np.inf, -1)
+        candidates = _Candidates(shards.take(rows[:m]), rows[:m], -negated[:m])
+        made = _greedy(candidates, bound, request.budget - len(picks))
+        new = rows[[index for index, _ in made]]
+        picks += new.tolist()
+        gains += [float(np.sqrt(sqdist)) for _, sqdist in made]
+        ranked = find(candidates.x[torch.tensor([index for index, _ in made])].numpy(), new, m)
+        rounds += 1

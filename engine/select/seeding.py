@@ -1,0 +1,123 @@
+"""D^2 seeding (k-means++, Arthur & Vassilvitskii 2007) in a few round trips, with the exact distribution.
+
+D only shrinks as centres are added, so a stale D^2 is an upper bound: candidates are drawn independently from the
+stale distribution and accepted with probability (current D^2) / (stale D^2). The accepted sequence is distributed
+exactly as draws made one at a time.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+
+from engine.blocks import (
+    Block,
+    Floats,
+    Ints,
+    Ranked,
+    canonical_sqdist,
+    merge_smallest,
+    nearest_sqdist,
+    pairwise_sqdist,
+    random_keys,
+    random_uniform,
+    smallest,
+)
+from engine.shards import Shards
+
+CANDIDATES = 1024
+BLOCK_DRAW, ACCEPT_DRAW, FIRST_DRAW = 1, 2, 3
+
+
+def _first_key(block: Block, seed: int, step: tuple[int, ...], m: int, taken: Ints) -> Ranked:
+    rows = block.rows[~np.isin(block.rows, taken)]
+    return smallest(random_keys(seed, step, rows), rows, m)
+
+
+def random_rows(shards: Shards, seed: int, step: tuple[int, ...], m: int, taken: Ints) -> Ints:
+    """Return the first m rows of a seeded permutation of all rows but `taken`, eligible or not."""
+    merged = shards.map(_first_key, seed, (*step, FIRST_DRAW), m, taken, combine=partial(merge_smallest, m))
+    return np.asarray(merged[1], dtype=np.int64)
+
+
+def _mass(block: Block, centres: Floats, fresh: bool) -> float:
+    """Lower D^2 by new centres; return the block's mass."""
+    if fresh:
+        block.state["d2"] = np.full(len(block.rows), np.inf)
+    if len(block.rows) == 0:
+        return 0.0
+    _, sqdist = nearest_sqdist(block.x, torch.tensor(centres), block.norms)
+    np.minimum(block.state["d2"], sqdist, out=block.state["d2"])
+    block.state["cumulative"] = np.cumsum(block.state["d2"])
+    return float(block.state["cumulative"][-1])
+
+
+def _draw(block: Block, owner: Ints, targets: Floats) -> tuple[Ints, Ints, Floats]:
+    """Return (slots, rows, stale D^2) of the draws that fell in this block."""
+    slots = np.flatnonzero(owner == block.index)
+    if len(slots) == 0:
+        return slots, slots, np.empty(0)
+    cumulative = block.state["cumulative"]
+    at = np.searchsorted(cumulative, targets[slots], side="right")
+    at = np.minimum(at, np.searchsorted(cumulative, cumulative[-1], side="left"))
+    return slots, block.rows[at], block.state["d2"][at]
+
+
+class _Walk:
+    """The driver's walk through one round's candidates, in order."""
+
+    def __init__(self, x: torch.Tensor, stale: Floats) -> None:
+        self.x, self.stale = x, stale
+        self.pairwise, self.error = pairwise_sqdist(x)
+        self.current = stale.copy()
+        self.accepted: list[int] = []
+
+    def _canonical(self, slot: int) -> float:
+        if not self.accepted:
+            return float(self.stale[slot])
+        others = np.array(self.accepted, dtype=np.int64)
+        exact = canonical_sqdist(self.x, np.full(len(others), slot, dtype=np.int64), self.x, others)
+        return min(float(self.stale[slot]), float(exact.min()))
+
+    def consider(self, slot: int, u: float) -> None:
+        """Accept the candidate with probability current / stale, decided exactly."""
+        threshold = u * self.stale[slot]
+        current = self.current[slot]
+        if abs(threshold - current) <= 2 * self.error:
+            current = self._canonical(slot)
+        if threshold < current:
+            self.accepted.append(slot)
+            np.minimum(self.current, self.pairwise[slot], out=self.current)
+
+
+def d2_seeds(shards: Shards, k: int, seed: int, step: tuple[int, ...]) -> tuple[Ints, int]:
+    """Return k rows drawn by D^2 sampling over all rows (the first uniformly), and the number of rounds.
+
+    A pure function of (seed, step). When fewer than k distinct vectors exist, the rest are drawn uniformly.
+    """
+    picks = random_rows(shards, seed, step, 1, np.empty(0, dtype=np.int64))
+    slots = np.arange(CANDIDATES, dtype=np.int64)
+    new, rounds = shards.take(picks), 0
+    while len(picks) < k:
+        masses = np.array(shards.map(_mass, new.numpy(), rounds == 0))
+        ends = np.cumsum(masses)
+        if ends[-1] == 0:
+            return np.concatenate([picks, random_rows(shards, seed, step, k - len(picks), picks)]), rounds
+        targets = random_uniform(seed, (*step, BLOCK_DRAW, rounds), slots) * ends[-1]
+        owner = np.minimum(np.searchsorted(ends, targets, side="right"), np.flatnonzero(masses)[-1])
+        within = targets - (ends - masses)[owner]
+        rows = np.empty(CANDIDATES, dtype=np.int64)
+        stale = np.empty(CANDIDATES)
+        for mine, found, sqdist in shards.map(_draw, owner, within):
+            rows[mine], stale[mine] = found, sqdist
+        walk = _Walk(shards.take(rows), stale)
+        for slot, u in enumerate(random_uniform(seed, (*step, ACCEPT_DRAW, rounds), slots)):
+            if len(picks) + len(walk.accepted) == k:
+                break
+            walk.consider(slot, float(u))
+        new = walk.x[torch.tensor(walk.accepted, dtype=torch.long)]
+        picks = np.concatenate([picks, rows[walk.accepted]])
+        rounds += 1
+    return picks, rounds

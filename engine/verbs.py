@@ -1,0 +1,173 @@
+"""The options of every verb, declared once: the command line, job files and docs read them from here.
+
+One dataclass a verb, each field `Annotated[type, Opt(help, range)]`. Options with `result=False` change how the work
+is done, never what comes out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from engine.schema import MAX_PIXELS, Opt
+
+Out = Annotated[str, Opt("Folder to write; goes on where it stopped, refuses another run's.", metavar="DIR", result=False)]
+Overwrite = Annotated[bool, Opt("Empty the output folder first if it holds another run of coresift.", result=False)]
+Address = Annotated[str | None, Opt("Ray cluster to join; a local one is started where it is needed.", result=False)]
+Seed = Annotated[int, Opt("Seed of every random draw.", min=0)]
+Normalize = Annotated[bool, Opt("L2-normalise the vectors first, as the papers do.")]
+Workers = Annotated[
+    int | None,
+    Opt(
+        "0 computes in this process, N on N Ray actors. Default: this process if the features fit, else the cluster.",
+        min=0,
+        result=False,
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions:
+    """Embed a pool of images: one vector for each."""
+
+    pool: Annotated[str, Opt("Image folder, Parquet file or folder (image bytes), or CIFAR's own files.", positional=True)]
+    out: Out
+    encoder: Annotated[str, Opt("What to compute: see `coresift encoders`.")] = "embedding"
+    backbone: Annotated[str, Opt("Any timm model, by its hub name.")] = "vit_small_patch16_224.dino"
+    weights: Annotated[str, Opt("FILE (.safetensors, .pth), `hub` for timm's own, `random` for none.")] = "hub"
+    model_option: Annotated[
+        tuple[str, ...],
+        Opt("Constructor argument of the backbone, e.g. pad_type=same. Repeatable.", metavar="NAME=VALUE", repeat=True),
+    ] = ()
+    pooling: Annotated[str, Opt("Which vector: the model's own, class token, mean.", choices=("model", "cls", "mean"))] = (
+        "model"
+    )
+    image_size: Annotated[int | None, Opt("Input side in px. Default: the model's own.", min=8, max=4096)] = None
+    mean: Annotated[tuple[float, ...] | None, Opt("Pixel mean in 0..1, one value or three. Default: the model's own.")] = None
+    std: Annotated[tuple[float, ...] | None, Opt("Pixel std in 0..1, one value or three. Default: the model's own.")] = None
+    interpolation: Annotated[
+        str | None, Opt("Resize filter. Default: the model's own.", choices=("bilinear", "bicubic", "lanczos", "nearest"))
+    ] = None
+    crop_pct: Annotated[
+        float | None, Opt("Share of the resized image that the crop keeps. Default: the model's own.", min=0.05, max=1)
+    ] = None
+    crop_mode: Annotated[
+        str | None, Opt("center crops, squash resizes both sides, border pads.", choices=("center", "squash", "border"))
+    ] = None
+    pixels_size: Annotated[int, Opt("Side in px of the `pixels` encoder's image.", min=1, max=256)] = 8
+    dtype: Annotated[str, Opt("How vectors are stored.", choices=("float32", "float16"))] = "float32"
+    batch_size: Annotated[
+        int | None, Opt("Images in a batch of the encoder. Default: 16 on a CPU, 256 on a GPU.", min=1, max=65536)
+    ] = None
+    channels_last: Annotated[bool, Opt("Channels-last memory format: faster for convolutions.")] = True
+    image_column: Annotated[str | None, Opt("Parquet: column of the images. Default: image or img.")] = None
+    label_column: Annotated[str | None, Opt("Parquet: column of the labels. Default: label, labels or fine_label.")] = None
+    max_pixels: Annotated[int, Opt("Images with more pixels are rejected before they are decoded.", min=1)] = MAX_PIXELS
+    max_rejected: Annotated[str, Opt("Share (1%) or count of bad images above which the run fails.", result=False)] = "1%"
+    workers: Annotated[
+        int | None, Opt("Ray actors; 0 embeds in this process. Default: one a GPU, else one a CPU.", min=0, result=False)
+    ] = None
+    cpus_per_worker: Annotated[int, Opt("CPU threads of an actor.", min=1, result=False)] = 1
+    gpus_per_worker: Annotated[
+        float | None, Opt("GPUs of an actor. Default: 1 if the cluster has one.", min=0, result=False)
+    ] = None
+    address: Address = None
+    overwrite: Overwrite = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """Make a feature store of vectors you have already."""
+
+    file: Annotated[
+        str,
+        Opt(".npy (n, d); .npz with `features`, and `ids`, `labels`; Parquet or Arrow with a vector column.", positional=True),
+    ]
+    out: Out
+    column: Annotated[str | None, Opt("Parquet, Arrow: the vector column. Default: the only one.")] = None
+    label_column: Annotated[
+        str | None, Opt("Column of the labels; `last`: the last of the vector's own columns, as the ActiveFT tools write.")
+    ] = None
+    id_column: Annotated[str | None, Opt("Parquet, Arrow: the id column. Default: id, if there.")] = None
+    dtype: Annotated[str, Opt("How vectors are stored.", choices=("float32", "float16"))] = "float32"
+    overwrite: Overwrite = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectOptions:
+    """Pick the images worth labelling."""
+
+    features: Annotated[str, Opt("Feature store written by embed or import.", positional=True)]
+    out: Out
+    strategy: Annotated[str, Opt("How to pick: see `coresift strategies`.")]
+    budget: Annotated[str, Opt("New labels: a count, a percentage of the pool, or several: 100,500,1%.", result=False)]
+    labeled: Annotated[
+        str | None, Opt("What is labelled already: a selection folder, ids (.txt), or pool rows (.json, .npy).", result=False)
+    ] = None
+    seed: Seed = 0
+    option: Annotated[
+        tuple[str, ...], Opt("Option of the strategy. Repeatable.", metavar="NAME=VALUE", result=False, repeat=True)
+    ] = ()
+    normalize: Normalize = True
+    workers: Workers = None
+    address: Address = None
+    overwrite: Overwrite = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Measure what a selection is worth, on stored features."""
+
+    features: Annotated[str, Opt("Feature store the selection was made from.", positional=True)]
+    selection: Annotated[str, Opt("Selection folder.", metavar="DIR", result=False)]
+    test: Annotated[
+        str | None, Opt("Labelled feature store to test on: needed by knn and linear.", metavar="FEATURES", result=False)
+    ] = None
+    metrics: Annotated[tuple[str, ...], Opt("Which, comma-separated.", choices=("knn", "linear", "coverage"))] = (
+        "knn",
+        "linear",
+        "coverage",
+    )
+    neighbors: Annotated[tuple[int, ...], Opt("k of the k-NN accuracies.", min=1)] = (1, 20)
+    linear_epochs: Annotated[int, Opt("Epochs of the linear probe.", min=1)] = 100
+    emd_sample: Annotated[
+        int, Opt("Pool rows in the earth mover's distance (exact on this seeded sample).", min=1, max=20000)
+    ] = 2000
+    seed: Seed = 0
+    out: Annotated[str | None, Opt("Folder to write the metrics to. Default: only print.", metavar="DIR", result=False)] = None
+    workers: Workers = None
+    address: Address = None
+    overwrite: Overwrite = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Strategies x budgets x seeds on one feature store: one table."""
+
+    features: Annotated[str, Opt("Feature store to select from.", positional=True)]
+    out: Out
+    strategies: Annotated[tuple[str, ...], Opt("Comma-separated; options after colons: kmeans:restarts=1:seeding=random.")]
+    budget: Annotated[str, Opt("Budgets: 100,500,1%.")]
+    test: Annotated[str | None, Opt("Labelled feature store to test on.", metavar="FEATURES", result=False)] = None
+    seeds: Annotated[int, Opt("Seeds 0..N-1.", min=1, max=1000)] = 3
+    metrics: Annotated[tuple[str, ...], Opt("Which, comma-separated.", choices=("knn", "linear", "coverage"))] = (
+        "knn",
+        "linear",
+        "coverage",
+    )
+    neighbors: Annotated[tuple[int, ...], Opt("k of the k-NN accuracies.", min=1)] = (1, 20)
+    linear_epochs: Annotated[int, Opt("Epochs of the linear probe.", min=1)] = 100
+    emd_sample: Annotated[int, Opt("Pool rows in the earth mover's distance.", min=1, max=20000)] = 2000
+    workers: Workers = None
+    address: Address = None
+    overwrite: Overwrite = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """Run the main job on scikit-learn's handwritten digits: embed, select, evaluate, compare."""
+
+    out: Annotated[str, Opt("Folder to write.", metavar="DIR", result=False)] = "coresift-demo"
+    workers: Annotated[int | None, Opt("Ray actors for embedding; 0 embeds in this process.", min=0, result=False)] = None
+    address: Address = None
+    overwrite: Overwrite = False

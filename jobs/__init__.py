@@ -1,0 +1,1 @@
+"""Job files: lists of verbs, run here or on a cluster."""
