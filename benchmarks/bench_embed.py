@@ -30,7 +30,6 @@ def bare_loop(pool: str, threads: int, arguments: list[str], out: str) -> None:
     """Embed with plain torch; write the features and the times."""
     import numpy as np
     import pyarrow.parquet as pq
-    import timm
     import torch
     from PIL import Image
     from timm.data import create_transform, resolve_model_data_config
@@ -44,7 +43,8 @@ def bare_loop(pool: str, threads: int, arguments: list[str], out: str) -> None:
     options = build_options(EmbedOptions, {"pool": pool, "out": "-", **parse(arguments)}, "bare loop")
     model = build_backbone(options).eval().to(memory_format=torch.channels_last)
     config = {**resolve_model_data_config(model), **preprocessing(model, options)}
-    transform = create_transform(**{k: config[k] for k in ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")})
+    keys = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
+    transform = create_transform(**{key: config[key] for key in keys})
     batch, features, marks = [], [], []
     size = options.batch_size or 16
 
@@ -64,7 +64,7 @@ def bare_loop(pool: str, threads: int, arguments: list[str], out: str) -> None:
     if batch:
         forward()
     np.save(out, np.concatenate(features))
-    Path(out + ".json").write_text(json.dumps({"seconds": time.perf_counter() - began, "marks": marks, "timm": timm.__version__}))
+    Path(out + ".json").write_text(json.dumps({"marks": marks}))
 
 
 def parse(arguments: list[str]) -> dict[str, object]:

@@ -13,15 +13,17 @@ import typer
 from cli import output
 from cli.options import no_options, verb
 from engine.schema import InputError, Opt, RunError, nearest
-from engine.verbs import CompareOptions, DemoOptions, EmbedOptions, EvaluateOptions, ImportOptions, SelectOptions
+from engine.verbs import CompareOptions, DedupOptions, DemoOptions, EmbedOptions, EvaluateOptions, ImportOptions, SelectOptions
 
 UsageError = typer.BadParameter.__mro__[1]
 """Typer's own error for a command line that cannot be parsed."""
 
+INTERRUPTED = 130
+"""What typer returns for Ctrl-C."""
+
 app = typer.Typer(
     name="coresift",
     help="Pick, from a pool of images too large to label, the few that are worth labelling.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -51,7 +53,7 @@ class Session:
         """Return whether a manifest was published before this command began: nothing was done again."""
         from datetime import datetime
 
-        return datetime.fromisoformat(manifest["published"]).timestamp() < int(self.began)
+        return datetime.fromisoformat(manifest["published"]).timestamp() < self.began
 
     def result(self, facts: dict[str, Any], sentence: str) -> None:
         """Print the command's result: `facts` with --json, else the sentence."""
@@ -116,6 +118,21 @@ def _select(options: SelectOptions, flags: dict[str, bool]) -> None:
         for f in folders
     ]
     ui.result({"command": "select", "strategy": options.strategy, "selections": folders}, "\n".join(lines))
+
+
+def _dedup(options: DedupOptions, flags: dict[str, bool]) -> None:
+    from engine.dedup import dedup
+
+    ui = Session(flags)
+    manifest = dedup(options, ui.watch)
+    keys = ("num_vectors", "num_clusters", "num_excluded", "num_kept", "digest")
+    done, seconds = ui.is_old(manifest), manifest["time"]["seconds_s"]
+    facts = {"command": "dedup", "out": options.out, "already_done": done, "seconds": seconds}
+    found = f"{manifest['num_excluded']:,} of {manifest['num_vectors']:,} images are near copies of the others"
+    ui.result(
+        {**facts, **{key: manifest[key] for key in keys}},
+        f"{options.out}: {'done before, ' if done else ''}{found}" + ("" if done else f" ({seconds:.1f} s)"),
+    )
 
 
 def _evaluate(options: EvaluateOptions, flags: dict[str, bool]) -> None:
@@ -200,6 +217,7 @@ def _encoders(options: Any, flags: dict[str, bool]) -> None:
 VERBS: dict[str, tuple[type[Any], Any]] = {
     "embed": (EmbedOptions, _embed),
     "import": (ImportOptions, _import),
+    "dedup": (DedupOptions, _dedup),
     "select": (SelectOptions, _select),
     "evaluate": (EvaluateOptions, _evaluate),
     "compare": (CompareOptions, _compare),
@@ -238,11 +256,10 @@ def _usage(failure: Exception) -> str:
 def run(arguments: list[str]) -> int:
     """Run one command; return the exit code: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted."""
     try:
-        code = app(arguments, prog_name="coresift", standalone_mode=False)
-        return int(code or 0)
-    except KeyboardInterrupt:
-        output.error("interrupted; run the same command again to go on")
-        return 130
+        code = int(app(arguments or ["--help"], prog_name="coresift", standalone_mode=False) or 0)
+        if code == INTERRUPTED:
+            output.error("interrupted; run the same command again to go on")
+        return code
     except Exception as failure:
         if isinstance(failure, UsageError):
             output.error(_usage(failure))

@@ -60,7 +60,7 @@ class Watcher:
             self.last_line = now
             counts = f"{done:,} of {total:,}" if total else f"{done:,}"
             words = [f"{stage}: {counts}", rate_and_rest(done - base, total - done, now - began), note]
-            self.console.print(", ".join(word for word in words if word), highlight=False, markup=False)
+            self.console.print(Text(", ".join(word for word in words if word)))
 
     def _draw(self, stage: str, done: int, total: int, note: str, began: float, base: int) -> None:
         if self.bar is None:
@@ -92,14 +92,12 @@ def print_json(result: dict[str, Any]) -> None:
 
 def error(message: str) -> None:
     """Print one line on stderr."""
-    Console(stderr=True, soft_wrap=True).print(
-        f"error: {' '.join(message.split())}", style="red", markup=False, highlight=False
-    )
+    Console(stderr=True, soft_wrap=True).print(Text(f"error: {' '.join(message.split())}", style="red"))
 
 
 def say(text: str) -> None:
     """Print a result for a person, on stdout."""
-    Console(soft_wrap=True).print(text, markup=False, highlight=False)
+    Console(soft_wrap=True).print(Text(text))
 
 
 DISTANCES = ("mean_distance", "covering_radius", "emd")
@@ -112,11 +110,11 @@ def digits_of(metric: str) -> int:
 
 def table(title: str, header: list[str], rows: list[list[str]], figures: int = 1_000_000) -> None:
     """Print a table on stdout; after the first column, `figures` columns are figures and set to the right."""
-    grid = Table(title=title, title_justify="left", title_style="bold")
+    grid = Table(title=Text(title), title_justify="left", title_style="bold")
     for index, name in enumerate(header):
         grid.add_column(name, justify="right" if 0 < index <= figures else "left", no_wrap=index == 0)
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*(Text(cell) for cell in row))
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)

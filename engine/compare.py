@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from engine.blocks import Ints
+from engine.arrays import Ints
 from engine.evaluate import Labelled, check_metrics, measure, read_test
+from engine.folders import Claim, Place, begin, publish, read_manifest
+from engine.runner import Method, run_method
 from engine.schema import InputError, Progress, no_progress, parse_budgets, parse_pairs, result_options
-from engine.select import Method, Strategy, open_shards, prefix, run_method, strategy_options, write_selection
-from engine.shards import Request, Shards, Step, prepare
-from engine.store import FeatureStore, Place, begin, publish, read_manifest, table_bytes
+from engine.select import Strategy, check_vectors, open_shards, prefix, strategy_options, write_selection
+from engine.shards import Request, Shards, Step
+from engine.store import FeatureStore, table_bytes
 from engine.verbs import CompareOptions
 
 
@@ -84,7 +86,6 @@ def _run(arena: Arena, entrant: Entrant, seed: int, counts: list[int], done: Cal
         done(entrant.name)
     for run in [todo] if entrant.strategy.nested and todo else [[count] for count in todo]:
         none: Ints = np.empty(0, dtype=np.int64)
-        prepare(arena.shards, none)
         began = time.perf_counter()
         step = run_method(entrant.method, arena.shards, Request(run[-1], seed, none), entrant.options)
         seconds = time.perf_counter() - began
@@ -119,6 +120,8 @@ def compare(options: CompareOptions, progress: Progress = no_progress) -> dict[s
     check_metrics(options.metrics, options.test)
     store = FeatureStore(options.features)
     entrants = [_entrant(spec.strip()) for spec in options.strategies]
+    for entrant in entrants:
+        check_vectors(entrant.strategy, store)
     names = [entrant.name for entrant in entrants]
     if len(set(names)) != len(names):
         raise InputError(f"--strategies {','.join(names)} names one twice")
@@ -126,11 +129,14 @@ def compare(options: CompareOptions, progress: Progress = no_progress) -> dict[s
     test = read_test(options.test, store) if options.test else None
     place = Place(options.out)
     inputs = {"features": store.digest, "test": FeatureStore(options.test).digest if options.test else None}
-    published = begin(place, "comparison", inputs, result_options(options), options.overwrite)
+    reads = [uri for uri in (options.features, options.test) if uri]
+    claim = Claim.of(place, "comparison", inputs, result_options(options), options.overwrite, reads)
+    published = claim.published()
     if published is not None:
         return published
     columns = tuple(dict.fromkeys(name for entrant in entrants for name in entrant.strategy.columns))
-    shards, close = open_shards(store, options.workers, options.address, True, columns)
+    shards, close = open_shards(store, options, True, columns)
+    claim.take()
     arena = Arena(place, store, shards, test, options)
     finished, total = 0, len(entrants) * options.seeds * len(counts)
 

@@ -10,9 +10,9 @@ from PIL import Image
 
 from engine.compare import compare
 from engine.embed import embed
+from engine.folders import Place, begin, publish
 from engine.schema import Progress, no_progress
 from engine.select import STRATEGIES
-from engine.store import Place, begin, publish
 from engine.verbs import CompareOptions, DemoOptions, EmbedOptions
 
 NUM_TEST = 500

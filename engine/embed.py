@@ -21,18 +21,18 @@ import pyarrow as pa
 from engine import session
 from engine.decode import BadImageError, decode
 from engine.encoders import ENCODERS, NO_FILE, Encoder, build_encoder
+from engine.folders import Claim, Place, digest_of, now
 from engine.schema import BLOCK_ROWS, InputError, Progress, RunError, lookup, no_progress, result_options
 from engine.sources import Columns, Sample, load_pool, open_pool, read, save_pool
 from engine.store import (
-    Place,
-    begin,
-    digest_of,
+    PATTERNS,
     labels_numpy,
-    now,
     part_bytes,
     part_name,
+    patterns_array,
     publish_features,
     table_bytes,
+    vector_counts,
     vectors_array,
 )
 from engine.verbs import EmbedOptions
@@ -86,8 +86,7 @@ class PartEncoder:
     def __init__(self, options: EmbedOptions, out: str, threads: int, device: str) -> None:
         import torch
 
-        if threads:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
         self.options = options
         self.place = Place(out)
         self.pool = load_pool(self.place.at(LISTING))
@@ -96,13 +95,17 @@ class PartEncoder:
         self.decoders = ThreadPoolExecutor(max(1, threads)) if device == "cuda" or threads > 1 else None
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> dict[str, list[str]]:
-        """Encode the parts that a batch of Ray Data names; return their entries as JSON."""
-        return {
-            "part": [
-                json.dumps(self.encode_part(int(start), int(stop)))
-                for start, stop in zip(batch["start"], batch["stop"], strict=True)
-            ]
-        }
+        """Encode the parts that a batch of Ray Data names; return their entries as JSON.
+
+        Our own errors travel as entries, too: `_on_ray` raises them again, without Ray's stack around them.
+        """
+        entries = []
+        for start, stop in zip(batch["start"], batch["stop"], strict=True):
+            try:
+                entries.append(self.encode_part(int(start), int(stop)))
+            except RunError as error:
+                entries.append({"failed": str(error)})
+        return {"part": [json.dumps(entry) for entry in entries]}
 
     def _prepared(self, start: int, stop: int) -> Iterator[Prepared]:
         samples = read(self.pool, start, stop)
@@ -126,7 +129,7 @@ class PartEncoder:
         began = time.perf_counter()
         good: list[Prepared] = []
         rejected: list[dict[str, Any]] = []
-        vectors: list[npt.NDArray[np.float32]] = []
+        vectors: list[npt.NDArray[np.float32]] = [np.empty((0, self.encoder.dim), np.float32)]
         batch: list[Prepared] = []
         for item in self._prepared(start, stop):
             if item.pixels is None:
@@ -135,25 +138,33 @@ class PartEncoder:
                 continue
             batch.append(item)
             if len(batch) == self.batch:
-                vectors.append(self._encode(batch))
+                vectors += self._encode(batch)
                 good += [_light(done) for done in batch]
                 batch = []
         if batch:
-            vectors.append(self._encode(batch))
+            vectors += self._encode(batch)
             good += [_light(done) for done in batch]
-        table = self._table(good, np.concatenate(vectors) if vectors else np.empty((0, self.encoder.dim), np.float32))
+        table = self._table(good, vectors)
         metadata = {"start": str(start), "stop": str(stop), "rejected": json.dumps(rejected)}
         data = part_bytes(table.replace_schema_metadata(metadata))
         self.place.at("parts", part_name(start)).write(data)
         return {**part_entry(start, stop, data, table, rejected), "seconds": time.perf_counter() - began}
 
-    def _encode(self, batch: list[Prepared]) -> npt.NDArray[np.float32]:
-        return self.encoder.encode(np.stack([item.pixels for item in batch if item.pixels is not None]))
+    def _encode(self, batch: list[Prepared]) -> list[npt.NDArray[np.float32]]:
+        """Return a list with the vectors of each image, or with those of the batch, one an image."""
+        pixels = np.stack([item.pixels for item in batch if item.pixels is not None])
+        found = self.encoder.encode(pixels, np.array([item.sample.row for item in batch], dtype=np.int64))
+        return found if isinstance(found, list) else [found]
 
-    def _table(self, good: list[Prepared], vectors: npt.NDArray[np.float32]) -> pa.Table:
-        stored = vectors.astype(self.options.dtype)
+    def _table(self, good: list[Prepared], vectors: list[npt.NDArray[np.float32]]) -> pa.Table:
+        """Return the part's table; `vectors` begin with an array of no vectors."""
+        with np.errstate(over="ignore"):  # what does not fit is an error of ours, below
+            stored = np.concatenate(vectors).astype(self.options.dtype)
+        several = self.encoder.column == PATTERNS
+        counts = np.array([len(own) for own in vectors[1:]] if several else [1] * len(good), dtype=np.int64)
         if not np.isfinite(stored).all():
-            bad = good[int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0])].sample
+            first = int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0])
+            bad = good[int(np.searchsorted(np.cumsum(counts), first, side="right"))].sample
             raise RunError(
                 f"the encoder gave a vector that is not finite as {self.options.dtype} for image {bad.id!r} (row {bad.row})"
             )
@@ -164,7 +175,7 @@ class PartEncoder:
                 "label": pa.array([item.sample.label for item in good], pa.int64()),
                 "width": pa.array([item.size[0] for item in good], pa.int32()),
                 "height": pa.array([item.size[1] for item in good], pa.int32()),
-                self.encoder.column: vectors_array(stored),
+                self.encoder.column: patterns_array(stored, counts) if several else vectors_array(stored),
             }
         )
 
@@ -182,6 +193,7 @@ def part_entry(start: int, stop: int, data: pa.Buffer, table: pa.Table, rejected
         "start": start,
         "stop": stop,
         "num_vectors": len(table),
+        **({"num_patterns": int(vector_counts(table[PATTERNS]).sum())} if PATTERNS in table.column_names else {}),
         "num_labeled": int((labels_numpy(table["label"]) >= 0).sum()),
         "sha256": digest_of(memoryview(data).tobytes()),
         "bytes": data.size,
@@ -238,15 +250,51 @@ def _on_ray(options: EmbedOptions, todo: list[tuple[int, int]]) -> Iterator[dict
         num_gpus=gpus or None,
     )
     for batch in done.iter_batches(batch_size=1, prefetch_batches=0):
-        yield from (json.loads(part) for part in batch["part"])
+        for part in batch["part"]:
+            entry = json.loads(part)
+            if "failed" in entry:
+                raise RunError(entry["failed"])
+            yield entry
 
 
 def _in_process(options: EmbedOptions, todo: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = PartEncoder(options, options.out, 0, device)
-    return (encoder.encode_part(start, stop) for start, stop in todo)
+    before = torch.get_num_threads()
+    try:
+        encoder = PartEncoder(options, options.out, options.cpus_per_worker, device)
+        for start, stop in todo:
+            yield encoder.encode_part(start, stop)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _encode_parts(
+    options: EmbedOptions, todo: list[tuple[int, int]], num_rows: int, progress: Progress
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Encode the parts that are missing; return their entries and the times of this run."""
+    began, first, first_rows, run_rows = time.perf_counter(), 0.0, 0, 0
+    rows_before = num_rows - sum(stop - start for start, stop in todo)
+    entries: list[dict[str, Any]] = []
+    progress("embed", rows_before, num_rows, "")
+    if todo and options.workers != 0:
+        session.connect(options.address)
+    for entry in (_in_process if options.workers == 0 else _on_ray)(options, todo) if todo else ():
+        entries.append(entry)
+        run_rows += entry["stop"] - entry["start"]
+        if not first:
+            first, first_rows = time.perf_counter() - began, run_rows
+        progress("embed", rows_before + run_rows, num_rows, "")
+    seconds = time.perf_counter() - began
+    steady = (run_rows - first_rows) / (seconds - first) if run_rows > first_rows else None
+    return entries, {
+        "finished": now(),
+        "seconds_s": round(seconds, 3),
+        "first_part_s": round(first, 3),
+        "rows_per_s": round(run_rows / seconds, 2),
+        "steady_rows_per_s": round(steady, 2) if steady else None,
+    }
 
 
 def _check_rejected(place: Place, entries: list[dict[str, Any]], options: EmbedOptions, num_rows: int) -> list[dict[str, Any]]:
@@ -282,34 +330,25 @@ def embed(options: EmbedOptions, progress: Progress = no_progress) -> dict[str, 
             raise InputError(f"weights file {options.weights!r} does not exist")
         inputs["weights"] = digest_of(weights.read())
     identity = {key: value for key, value in result_options(options).items() if key != "weights" or "weights" not in inputs}
-    published = begin(place, "features", inputs, identity, options.overwrite)
+    reads = [options.pool, *([] if options.weights in NO_FILE else [options.weights])]
+    claim = Claim.of(place, "features", inputs, identity, options.overwrite, reads)
+    published = claim.published()
     if published is not None:
         return published
+    encoder = build_encoder(options, "cpu")  # here first: a wrong backbone is one error, and claims no folder
+    claim.take()
     save_pool(pool, place.at(LISTING))
-    encoder = build_encoder(options, "cpu")  # here first, so that a wrong backbone is one error and no actors
     size = part_rows(pool.num_rows)
     ranges = [(start, min(start + size, pool.num_rows)) for start in range(0, pool.num_rows, size)]
     entries = _finished(place, ranges)
     resumed = {entry["start"] for entry in entries}
     todo = [r for r in ranges if r[0] not in resumed]
-    began, first, first_rows = time.perf_counter(), 0.0, 0
-    rows_done = sum(entry["stop"] - entry["start"] for entry in entries)
-    run_rows = 0
-    progress("embed", rows_done, pool.num_rows, "")
-    if todo:
-        if options.workers != 0:
-            session.connect(options.address)
-        for entry in (_in_process if options.workers == 0 else _on_ray)(options, todo):
-            entries.append(entry)
-            run_rows += entry["stop"] - entry["start"]
-            if not first:
-                first, first_rows = time.perf_counter() - began, run_rows
-            progress("embed", rows_done + run_rows, pool.num_rows, "")
+    new, spent = _encode_parts(options, todo, pool.num_rows, progress)
+    entries += new
     rejected = _check_rejected(place, entries, options, pool.num_rows)
     for entry in entries:
         entry["num_rejected"] = len(entry.pop("rejected"))
         entry.pop("seconds", None)
-    seconds = time.perf_counter() - began
     return publish_features(
         place,
         entries,
@@ -318,16 +357,11 @@ def embed(options: EmbedOptions, progress: Progress = no_progress) -> dict[str, 
             "num_rejected": len(rejected),
             "dim": encoder.dim,
             "column": encoder.column,
+            "vectors_per_image": encoder.vectors_per_image,
             "dtype": options.dtype,
             "class_names": list(pool.class_names) if pool.class_names else None,
             "pool": {"uri": pool.uri, "kind": pool.kind},
             "encoder": {"name": options.encoder, "weights": options.weights, **encoder.describe()},
-            "time": {
-                "finished": now(),
-                "seconds_s": round(seconds, 3),
-                "first_part_s": round(first, 3),
-                "rows_per_s": round(run_rows / seconds, 2),
-                "steady_rows_per_s": round((run_rows - first_rows) / (seconds - first), 2) if run_rows > first_rows else None,
-            },
+            "time": spent,
         },
     )

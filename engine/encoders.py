@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
 
-from engine.schema import InputError, lookup, parse_pairs
+from engine.arrays import Ints
+from engine.decode import BadImageError
+from engine.patterns import Clustering, kept, map_features, patterns, transformer_features
+from engine.schema import InputError, lookup, nearest, parse_pairs
+from engine.store import PATTERNS
 from engine.verbs import EmbedOptions
 from engine.weights import load_backbone
 
@@ -23,6 +27,7 @@ NO_FILE = ("hub", "random")
 """Values of `weights` that name no file."""
 
 Pixels = npt.NDArray[np.uint8]
+Vectors = npt.NDArray[np.float32]
 
 
 class Encoder(Protocol):
@@ -30,12 +35,16 @@ class Encoder(Protocol):
 
     column: str
     dim: int
+    vectors_per_image: int
 
     def prepare(self, image: Image.Image) -> Pixels:
-        """Return the image's pixels, uint8, the same shape for every image."""
+        """Return the image's pixels, uint8, the same shape for every image; raises BadImageError where it can't."""
 
-    def encode(self, batch: Pixels) -> npt.NDArray[np.float32]:
-        """Return (len(batch), dim) float32 vectors."""
+    def encode(self, batch: Pixels, rows: Ints) -> Vectors | list[Vectors]:
+        """Return (len(batch), dim) float32 vectors, or, for the column `patterns`, (k, dim) for each image.
+
+        `rows` (len(batch),) are the images' pool rows, for an encoder that draws; 1 <= k <= vectors_per_image.
+        """
 
     def describe(self) -> dict[str, Any]:
         """Return what a manifest should say: the values in force after the model's own defaults."""
@@ -45,6 +54,7 @@ class PixelsEncoder:
     """The image itself, downsampled (box filter) to `pixels_size` squared RGB in [0, 1]: needs no weights."""
 
     column = "embedding"
+    vectors_per_image = 1
 
     def __init__(self, options: EmbedOptions, device: str) -> None:
         self.side_px = options.pixels_size
@@ -54,7 +64,7 @@ class PixelsEncoder:
         small = image.resize((self.side_px, self.side_px), Image.Resampling.BOX)
         return np.asarray(small, dtype=np.uint8).reshape(-1)
 
-    def encode(self, batch: Pixels) -> npt.NDArray[np.float32]:
+    def encode(self, batch: Pixels, rows: Ints) -> Vectors:
         return batch.astype(np.float32) / np.float32(255)
 
     def describe(self) -> dict[str, Any]:
@@ -65,6 +75,7 @@ class EmbeddingEncoder:
     """The pooled features of a timm backbone without its classifier, in eval mode, float32."""
 
     column = "embedding"
+    vectors_per_image = 1
 
     def __init__(self, options: EmbedOptions, device: str) -> None:
         self.device = device
@@ -76,18 +87,35 @@ class EmbeddingEncoder:
         self.mean = 255 * torch.tensor(self.config["mean"], device=device).view(1, 3, 1, 1)
         self.std = 255 * torch.tensor(self.config["std"], device=device).view(1, 3, 1, 1)
         self.pooling = options.pooling
+        self.max_pixels = options.max_pixels
         probe = np.zeros((1, *self.config["input_size"]), dtype=np.uint8)
-        self.dim = int(self.encode(probe).shape[1])
+        self._check_size(options, probe)
+        self.dim = int(self.encode(probe, np.zeros(1, dtype=np.int64))[0].shape[-1])
+
+    def _check_size(self, options: EmbedOptions, probe: Pixels) -> None:
+        """Raise InputError where the backbone does not take images of the size asked for."""
+        try:
+            with torch.inference_mode():
+                cast(Any, self.model).forward_features(self._scaled(probe))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            side = options.image_size
+            raise InputError(f"backbone {options.backbone!r} does not take images of {side} px: {error}") from error
 
     def prepare(self, image: Image.Image) -> Pixels:
+        short, long = min(image.size), max(image.size)
+        resized = min(self.config["input_size"][1:]) / self.config["crop_pct"]
+        if self.config["crop_mode"] == "center" and resized * resized * long / short > self.max_pixels:
+            raise BadImageError(f"{image.width} x {image.height} pixels: resized by its short side it is above --max-pixels")
         return np.asarray(self.transform(image), dtype=np.uint8)
 
-    def encode(self, batch: Pixels) -> npt.NDArray[np.float32]:
+    def encode(self, batch: Pixels, rows: Ints) -> Vectors | list[Vectors]:
         with torch.inference_mode():
-            images = torch.from_numpy(batch).to(self.device, non_blocking=True)
-            scaled = images.float().sub_(self.mean).div_(self.std).contiguous(memory_format=self.format)
-            features = self._pool(scaled)
-            return features.float().cpu().numpy()
+            return self._pool(self._scaled(batch)).float().cpu().numpy()
+
+    def _scaled(self, batch: Pixels) -> torch.Tensor:
+        """Return the batch as the model takes it, on its device."""
+        images = torch.from_numpy(batch).to(self.device, non_blocking=True)
+        return images.float().sub_(self.mean).div_(self.std).contiguous(memory_format=self.format)
 
     def _pool(self, images: torch.Tensor) -> torch.Tensor:
         model: Any = self.model
@@ -96,12 +124,62 @@ class EmbeddingEncoder:
             return features
         tokens: torch.Tensor = model.forward_features(images)
         if tokens.ndim == 4:
-            return tokens.mean(dim=(2, 3))
+            nhwc = getattr(model, "output_fmt", "NCHW") == "NHWC"
+            return tokens.mean(dim=(1, 2) if nhwc else (2, 3))
         prefix = int(getattr(model, "num_prefix_tokens", 0))
         return tokens[:, 0] if self.pooling == "cls" else tokens[:, prefix:].mean(dim=1)
 
     def describe(self) -> dict[str, Any]:
         return {key: self.config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
+
+
+class PatternsEncoder(EmbeddingEncoder):
+    """Up to `num_patterns` k-means centres of the local features that carry `attention_ratio` of an image's attention."""
+
+    column = PATTERNS
+
+    def __init__(self, options: EmbedOptions, device: str) -> None:
+        self.ratio = options.attention_ratio
+        self.clustering = Clustering(options.num_patterns, options.pattern_metric, options.seed)
+        self.vectors_per_image = options.num_patterns
+        self.backbone = options.backbone
+        super().__init__(options, device)
+
+    def encode(self, batch: Pixels, rows: Ints) -> list[Vectors]:
+        with torch.inference_mode():
+            features, weights = self._local(self._scaled(batch))
+            return patterns(features, kept(weights, self.ratio), rows, self.clustering)
+
+    def _local(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return local features (r, p, d) and their weights (r, p); raises InputError for a backbone without."""
+        from timm.layers import Attention
+        from timm.models.vision_transformer import Block, VisionTransformer
+
+        model: Any = self.model
+        if isinstance(model, VisionTransformer):
+            last = model.blocks[-1]
+            if model.cls_token is None or len(model.blocks) < 2 or type(last) is not Block or type(last.attn) is not Attention:
+                raise InputError(
+                    f"backbone {self.backbone!r} gives no patterns: "
+                    "a transformer needs a class token, two blocks or more, and plain attention"
+                )
+            return transformer_features(model, images)
+        maps: torch.Tensor = model.forward_features(images)
+        if maps.ndim != 4:
+            raise InputError(
+                f"backbone {self.backbone!r} gives no patterns: take a vision transformer or a convolutional network"
+            )
+        return map_features(maps.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else maps)
+
+    def describe(self) -> dict[str, Any]:
+        clustering = self.clustering
+        return {
+            **super().describe(),
+            "num_patterns": clustering.k,
+            "attention_ratio": self.ratio,
+            "pattern_metric": clustering.metric,
+            "seed": clustering.seed,
+        }
 
 
 def build_backbone(options: EmbedOptions) -> torch.nn.Module:
@@ -118,6 +196,12 @@ def build_backbone(options: EmbedOptions) -> torch.nn.Module:
         close = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.4)
         hint = f", did you mean {close[0]!r}?" if close else ""
         raise InputError(f"unknown backbone {name!r}{hint} (any name that timm.list_models() gives)")
+    base, _, tag = name.partition(".")
+    tags = [model.partition(".")[2] for model in timm.list_pretrained(f"{base}.*")]
+    if tag and tag not in tags:
+        raise InputError(
+            f"unknown weights {tag!r} of backbone {base!r}{nearest(tag, tags)} (one of: {', '.join(tags) or 'none'})"
+        )
     arguments = {key: _literal(value) for key, value in parse_pairs(options.model_option, "--model-option").items()}
     torch.manual_seed(0)
     try:
@@ -165,7 +249,9 @@ def preprocessing(model: torch.nn.Module, options: EmbedOptions) -> dict[str, An
             if len(value) not in (1, 3):
                 raise InputError(f"--{name} {','.join(map(str, value))} has {len(value)} values: give one, or one a channel")
             config[name] = tuple(value) * (3 // len(value))
-    if min(config["std"]) <= 0:
+    if not all(0 <= value <= 1 for value in config["mean"]):
+        raise InputError(f"--mean {config['mean']} must lie in 0..1: pixels are scaled to that")
+    if not all(0 < value < float("inf") for value in config["std"]):
         raise InputError(f"--std {config['std']} must be positive")
     for name in ("interpolation", "crop_pct", "crop_mode"):
         value = getattr(options, name)
@@ -187,6 +273,7 @@ def _build_transform(config: dict[str, Any]) -> Callable[[Image.Image], Any]:
 
 ENCODERS: dict[str, Callable[[EmbedOptions, str], Encoder]] = {
     "embedding": EmbeddingEncoder,
+    "patterns": PatternsEncoder,
     "pixels": PixelsEncoder,
 }
 

@@ -15,11 +15,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.blocks import Block, Ints, merge_smallest, nearest, nearest_sqdist, normalize, random_keys, smallest
+from engine.arrays import Ints
+from engine.blocks import Block, merge_smallest, smallest
+from engine.canonical import normalize
+from engine.draws import random_keys
+from engine.folders import Claim, Place, publish
+from engine.nearest import nearest, nearest_sqdist
 from engine.schema import InputError, Progress, no_progress, result_options
 from engine.select import open_shards, read_selection
 from engine.shards import Shards
-from engine.store import FeatureStore, Place, begin, publish
+from engine.store import FeatureStore
 from engine.verbs import CompareOptions, EvaluateOptions
 
 LINEAR_RATE, LINEAR_BATCH = 0.01, 128
@@ -114,7 +119,8 @@ def _distances(block: Block, picks: npt.NDArray[np.float32]) -> tuple[int, float
 
 
 def _sample(block: Block, seed: int, m: int) -> tuple[npt.NDArray[np.uint64], Ints]:
-    return smallest(random_keys(seed, (EMD_KEY,), block.rows), block.rows, m)
+    rows = np.unique(block.rows)  # an image's patterns are drawn together
+    return smallest(random_keys(seed, (EMD_KEY,), rows), rows, m)
 
 
 def earth_movers_distance(shards: Shards, picks: Ints, sample: int, seed: int) -> tuple[float, str]:
@@ -158,6 +164,8 @@ def measure(
         yield from coverage(store, shards, rows, options.emd_sample, seed)
     if test is None:
         return
+    if store.vectors_per_image > 1:
+        raise InputError(f"{store.place.uri} has up to {store.vectors_per_image} vectors an image: only --metrics coverage")
     labels = store.labels[np.searchsorted(store.rows, rows)]
     if (labels < 0).any():
         raise InputError(f"{int((labels < 0).sum())} of the {len(rows)} labelled images have no label in {store.place.uri}")
@@ -184,22 +192,26 @@ def evaluate(options: EvaluateOptions, progress: Progress = no_progress) -> list
     selection = read_selection(options.selection, store)
     test = read_test(options.test, store) if options.test else None
     place = Place(options.out) if options.out else None
+    claim = None
     if place:
         inputs = {
             "features": store.digest,
             "selection": selection.manifest["digest"],
             "test": FeatureStore(options.test).digest if options.test else None,
         }
-        published = begin(place, "metrics", inputs, result_options(options), options.overwrite)
+        reads = [uri for uri in (options.features, options.selection, options.test) if uri]
+        claim = Claim.of(place, "metrics", inputs, result_options(options), options.overwrite, reads)
+        published = claim.published()
         if published is not None:
             return list(published["metrics"])
     rows = np.union1d(selection.picks, selection.labeled)
-    shards, close = open_shards(store, options.workers, options.address, True, ())
+    shards, close = open_shards(store, options, True, ())
     results = []
     for metric, value, note in measure(store, shards, rows, test, options, options.seed):
         results.append({"metric": metric, "value": value, "note": note})
         progress("evaluate", len(results), 0, metric)
     close()
-    if place:
-        publish(place, {"metrics": results, "num_labeled": len(rows)})
+    if claim:
+        claim.take()
+        publish(claim.place, {"metrics": results, "num_labeled": len(rows)})
     return results

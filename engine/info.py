@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 
+from engine.folders import Place, read_manifest, read_run
 from engine.schema import InputError
 from engine.sources import open_pool
-from engine.store import FeatureStore, Place, read_manifest
+from engine.store import FeatureStore
 
 SHOWN = {
     "features": ("num_rows", "num_vectors", "num_rejected", "num_labeled", "dim", "dtype", "block_rows", "encoder", "pool"),
-    "selection": ("features", "num_rows", "num_picks", "num_labeled", "objective", "options"),
+    "selection": ("features", "num_rows", "num_picks", "num_labeled", "num_excluded", "objective", "options"),
+    "dedup": ("features", "num_rows", "num_vectors", "num_clusters", "num_excluded", "num_kept", "options"),
     "metrics": ("metrics",),
     "comparison": ("num_cells", "options"),
     "images": ("num_images",),
@@ -28,8 +29,7 @@ def _label_balance(store: FeatureStore) -> dict[str, int]:
     return {names[i] if i < len(names) else str(i): int(n) for i, n in zip(labels.tolist(), counts, strict=True)}
 
 
-def _unfinished(place: Place) -> dict[str, Any]:
-    begun = json.loads(place.at("run.json").read())
+def _unfinished(place: Place, begun: dict[str, Any]) -> dict[str, Any]:
     parts = [name for name in place.at("parts").names() if name.endswith(".arrow")]
     facts: dict[str, Any] = {"kind": begun["kind"], "state": "unfinished", "options": begun["options"]}
     if begun["kind"] == "features":
@@ -51,8 +51,9 @@ def describe(path: str) -> dict[str, Any]:
     place = Place(path)
     manifest = read_manifest(place)
     if manifest is None:
-        if place.at("run.json").exists():
-            return {"path": path, **_unfinished(place)}
+        begun = read_run(place)
+        if begun is not None:
+            return {"path": path, **_unfinished(place, begun)}
         if not place.exists():
             raise InputError(f"{path} does not exist")
         return {"path": path, **_pool(path)}

@@ -10,10 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.feather
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from engine.folders import Claim, Place, digest_of
 from engine.schema import BLOCK_ROWS, InputError, Progress, no_progress, result_options
-from engine.store import Place, begin, digest_of, part_bytes, part_name, publish_features, vectors_array
+from engine.store import check_ids, part_bytes, part_name, publish_features, vectors_array
 from engine.verbs import ImportOptions
 
 LAST = "last"
@@ -77,6 +79,8 @@ def _stack(column: pa.ChunkedArray, uri: str) -> npt.NDArray[Any]:
     if lengths.null_count:
         raise InputError(f"{uri}: row {lengths.is_null().to_pylist().index(True)} has no vector")
     sizes = lengths.to_numpy()
+    if len(sizes) == 0:
+        raise InputError(f"{uri} is empty: it has no rows")
     odd: npt.NDArray[np.int64] = np.flatnonzero(sizes != sizes[:1])
     if len(odd):
         raise InputError(f"{uri}: row {odd[0]} has {sizes[odd[0]]} numbers, row 0 has {sizes[0]}")
@@ -85,13 +89,18 @@ def _stack(column: pa.ChunkedArray, uri: str) -> npt.NDArray[Any]:
 
 def _codes(raw: Any, uri: str) -> tuple[npt.NDArray[np.int64], list[str] | None]:
     """Return label codes and class names: integers stay as they are, strings are numbered in sorted order."""
-    array = pa.array(raw).combine_chunks() if isinstance(raw, pa.ChunkedArray) else pa.array(raw)
+    if isinstance(raw, np.ndarray) and raw.ndim != 1:
+        raise InputError(f"{uri} has labels of shape {raw.shape}: one for each vector is needed")
+    array = raw.combine_chunks() if isinstance(raw, pa.ChunkedArray) else pa.array(raw)
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
     if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
         names = sorted(name for name in array.unique().to_pylist() if name)
         codes = pa.compute.index_in(array, pa.array(names, array.type)).fill_null(-1)
         return np.asarray(codes.to_numpy(), dtype=np.int64), names
-    values = np.asarray(array.fill_null(-1).to_numpy(zero_copy_only=False))
-    if values.ndim != 1 or not np.array_equal(values, np.rint(values)) or (len(values) and values.min() < -1):
+    number = pa.types.is_integer(array.type) or pa.types.is_floating(array.type)
+    values = np.asarray(array.cast(pa.float64(), safe=False).fill_null(-1.0).to_numpy()) if number else np.empty(0)
+    if not number or not np.array_equal(values, np.rint(values)) or (len(values) and values.min() < -1):
         raise InputError(f"{uri}: labels must be whole numbers from 0 (or -1 for none), or strings")
     return values.astype(np.int64), None
 
@@ -100,6 +109,8 @@ def _read_arrays(place: Place, options: ImportOptions) -> tuple[Any, Any, Any]:
     """Return (vectors, ids or None, labels or None) as the file has them."""
     if not place.exists():
         raise InputError(f"{place.uri} does not exist")
+    if place.kind() != pafs.FileType.File:
+        raise InputError(f"{place.uri} is a folder, not a file of vectors")
     if place.path.endswith(".npy"):
         return _load_npy(place), None, None
     if place.path.endswith(".npz"):
@@ -128,15 +139,6 @@ def _check_vectors(x: npt.NDArray[Any], uri: str) -> None:
         raise InputError(f"{uri} is empty: its vectors have shape {x.shape}")
 
 
-def _check_ids(ids: pa.Array, n: int, uri: str) -> None:
-    if len(ids) != n:
-        raise InputError(f"{uri} has {len(ids)} ids for {n} vectors")
-    counts = ids.value_counts()
-    if len(counts) != n or ids.null_count:
-        worst = max(counts.to_pylist(), key=lambda entry: int(entry["counts"]))
-        raise InputError(f"{uri}: ids must be there and differ, {worst['values']!r} occurs {worst['counts']} times")
-
-
 def _read(place: Place, options: ImportOptions) -> Given:
     x, ids, labels = _read_arrays(place, options)
     _check_vectors(x, place.uri)
@@ -149,31 +151,43 @@ def _read(place: Place, options: ImportOptions) -> Given:
     n = len(x)
     names: pa.Array = pa.array(range(n), pa.int64()).cast(pa.string())
     if ids is not None:
+        if isinstance(ids, np.ndarray) and ids.ndim != 1:
+            raise InputError(f"{place.uri} has ids of shape {ids.shape}: one for each vector is needed")
         names = (ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else pa.array(ids)).cast(pa.string())
-    _check_ids(names, n, place.uri)
+    if len(names) != n:
+        raise InputError(f"{place.uri} has {len(names)} ids for {n} vectors")
+    check_ids(names, place.uri)
     codes, class_names = (np.full(n, -1, dtype=np.int64), None) if labels is None else _codes(labels, place.uri)
     if len(codes) != n:
         raise InputError(f"{place.uri} has {len(codes)} labels for {n} vectors")
     return Given(x, names, codes, class_names)
 
 
-def _part(given: Given, start: int, stop: int, dtype: str, uri: str) -> pa.Table:
-    with np.errstate(over="ignore"):
-        stored = np.asarray(given.vectors[start:stop]).astype(dtype)
-    bad = np.flatnonzero(~np.isfinite(stored).all(axis=1))
-    if len(bad):
-        finite = np.isfinite(np.asarray(given.vectors[start + bad[0]], dtype=np.float64)).all()
-        what = (
-            f"a number too large for {dtype}: pass --dtype float32" if finite else "a NaN or an infinity: mend or drop the row"
-        )
-        raise InputError(f"{uri}: the vector of row {start + bad[0]} (id {given.ids[start + bad[0]].as_py()!r}) holds {what}")
+def _stored(given: Given, start: int, stop: int, dtype: str) -> npt.NDArray[Any]:
+    with np.errstate(over="ignore"):  # what doesn't fit was refused
+        return np.asarray(given.vectors[start:stop]).astype(dtype)
+
+
+def _check_finite(given: Given, dtype: str, uri: str) -> None:
+    """Raise InputError naming the first row with a number that is not finite, or not once stored as `dtype`."""
+    for start in range(0, len(given.vectors), BLOCK_ROWS):
+        bad = np.flatnonzero(~np.isfinite(_stored(given, start, start + BLOCK_ROWS, dtype)).all(axis=1))
+        if len(bad):
+            row = start + int(bad[0])
+            finite = np.isfinite(np.asarray(given.vectors[row], dtype=np.float64)).all()
+            way_out = "pass --dtype float32" if dtype == "float16" else "scale the vectors"
+            what = f"a number too large for {dtype}: {way_out}" if finite else "a NaN or an infinity: mend or drop the row"
+            raise InputError(f"{uri}: the vector of row {row} (id {given.ids[row].as_py()!r}) holds {what}")
+
+
+def _part(given: Given, start: int, stop: int, dtype: str) -> pa.Table:
     labels = given.labels[start:stop]
     return pa.table(
         {
             "row": pa.array(np.arange(start, stop, dtype=np.int64)),
             "id": given.ids.slice(start, stop - start),
             "label": pa.array(labels, mask=labels < 0),
-            "embedding": vectors_array(stored),
+            "embedding": vectors_array(_stored(given, start, stop, dtype)),
         }
     )
 
@@ -188,15 +202,17 @@ def import_features(options: ImportOptions, progress: Progress = no_progress) ->
     given = _read(source, options)
     info = source.fs.get_file_info(source.path)
     out = Place(options.out)
-    published = begin(
-        out, "features", {"file": digest_of([info.size, info.mtime_ns])}, result_options(options), options.overwrite
-    )
+    inputs = {"file": digest_of([info.size, info.mtime_ns])}
+    claim = Claim.of(out, "features", inputs, result_options(options), options.overwrite, [options.file])
+    published = claim.published()
     if published is not None:
         return published
+    _check_finite(given, options.dtype, source.uri)
+    claim.take()
     n, parts = len(given.vectors), []
     for start in range(0, n, BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, n)
-        table = _part(given, start, stop, options.dtype, source.uri)
+        table = _part(given, start, stop, options.dtype)
         data = part_bytes(table)
         out.at("parts", part_name(start)).write(data)
         parts.append(

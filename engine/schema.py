@@ -115,7 +115,7 @@ def _convert(field: Field, value: Any) -> Any:
     origin = typing.get_origin(kind)
     if origin is tuple:
         inner = Field(field.name, typing.get_args(kind)[0], field.default, field.opt)
-        parts = value.split(",") if isinstance(value, str) else value
+        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (tuple, list)) else (value,)
         return tuple(_convert(inner, part) for part in parts)
     if kind is bool:
         if isinstance(value, bool):
@@ -126,7 +126,10 @@ def _convert(field: Field, value: Any) -> Any:
         raise InputError(f"option {field.name} is {value!r}: it takes true or false")
     if kind in (int, float):
         try:
-            return kind(value)
+            converted = kind(value)
+            if isinstance(value, float) and converted != value:
+                raise ValueError
+            return converted
         except (TypeError, ValueError):
             word = "a whole number" if kind is int else "a number"
             raise InputError(f"option {field.name} is {value!r}: it takes {word}") from None
@@ -189,11 +192,27 @@ def parse_pairs(pairs: Iterable[str], what: str) -> dict[str, str]:
     return parsed
 
 
+def parse_bytes(text: str | None) -> int | None:
+    """Parse a size in memory, `4GiB`, `500MB`, `1e9`, into bytes; None stays None. Raises InputError otherwise."""
+    if text is None:
+        return None
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    number = text.strip().rstrip("BGKMIgkmib")
+    unit = text.strip()[len(number) :].lower()
+    try:
+        value = float(number) * units[unit]
+    except (ValueError, KeyError):
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise InputError(f"size {text!r} is not one: give bytes, or a number with MB, GB, MiB or GiB")
+    return int(value)
+
+
 def _parse_budget(text: str, available: int) -> int:
     """Return one budget as a count of new labels out of `available` eligible rows."""
     percent = text.endswith("%")
     try:
-        value = Decimal(text.rstrip("%").strip().replace("_", ""))
+        value = Decimal(text.removesuffix("%").strip().replace("_", ""))
     except InvalidOperation:
         value = Decimal("NaN")
     if not value.is_finite() or (not percent and value != value.to_integral_value()):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +36,26 @@ def connect(address: str | None) -> None:
         here = str(Path(__file__).parents[1])  # the workers of a local session import the code that this process runs
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     try:
-        ray.init(address=address, **settings)
+        with contextlib.nullcontext() if verbose else _deaf():
+            ray.init(address=address, **settings)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = address or "this machine"
         raise RunError(f"no Ray session on {where}: {str(error).splitlines()[0]}") from error
     _quiet_data()
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Keep what Ray's C++ core writes to the process's stderr while it starts from the terminal."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _quiet_data() -> None:

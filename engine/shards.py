@@ -6,6 +6,7 @@ associative functions, so the number of shards never shows in a result.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,21 +15,30 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.blocks import Block, Floats, Ints, normalize
-from engine.schema import InputError
-from engine.store import FeatureStore, labels_numpy, vectors_numpy
+from engine.arrays import Floats, Ints
+from engine.blocks import Block
+from engine.canonical import canonical_norms, normalize
+from engine.schema import BLOCK_ROWS, InputError
+from engine.store import FeatureStore, labels_numpy, part_vectors, vector_counts, vectors_numpy
 
 MEMORY_SHARE = 0.5
 """Share of this machine's free memory that features may take before they go to the cluster."""
+RESTORE_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a method is asked for: `budget` new rows, given the rows labelled already (ascending pool rows)."""
+    """What a method is asked for: `budget` new rows, given the rows labelled already (ascending pool rows).
+
+    `excluded` rows may not be picked either, but are not labelled. `resume` is the step to go on from: what the same
+    run yielded before it was cut short, with nothing left in the blocks.
+    """
 
     budget: int
     seed: int
     labeled: Ints
+    excluded: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    resume: Step | None = None
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,8 @@ class Step:
     """What a method yields after each round: where it is, and the picks so far, in pick order.
 
     `gains` says what each pick added, in the method's own measure (NaN where it has none); `columns` are the
-    method's own columns of picks.parquet. The last step holds all picks.
+    method's own columns of picks.parquet. `arrays` are the small driver-side arrays that the method needs to go on
+    from here, beside picks and gains. The last step holds all picks.
     """
 
     number: int
@@ -46,61 +57,128 @@ class Step:
     note: str = ""
     objective: float | None = None
     columns: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+    arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+
+
+class LostShardError(RuntimeError):
+    """A shard's actor died, and what methods kept there with it: `restore` makes it again."""
 
 
 class Shards(Protocol):
-    """n vectors of d floats in blocks, on which functions are run."""
+    """n vectors of d floats in blocks, on which functions are run.
+
+    An image has one vector, or several (its patterns): those stand together in one block, each under the image's row.
+    """
 
     n: int
     d: int
 
     def take(self, rows: Ints) -> torch.Tensor:
-        """Return the vectors of some pool rows in the order given, (m, d) float32."""
+        """Return the vectors of some pool rows in the order given, (m, d) float32; several an image, in their order."""
 
-    def map(self, fn: Callable[..., Any], *args: Any, combine: Callable[[Any, Any], Any] | None = None) -> Any:
-        """Run fn(block, *args) on every block.
+    def restore(self) -> None:
+        """Make lost shards again, without what methods kept there."""
+
+    def map(
+        self, fn: Callable[..., Any], *args: Any, combine: Callable[[Any, Any], Any] | None = None, at: Ints | None = None
+    ) -> Any:
+        """Run fn(block, *args) on every block, or, with `at`, on blocks made of these vectors (0..n-1) alone.
 
         Returns the results in block order, or, with an associative `combine`, folded over the blocks of each shard
         and then in a tree over the shards.
         """
 
 
-def load_block(store: FeatureStore, index: int, normalized: bool, columns: Iterable[str]) -> Block:
-    """Read one block of a store into memory as float32."""
-    table = store.read_block(index, ["row", store.column, *columns])
-    x = torch.from_numpy(vectors_numpy(table[store.column]).astype(np.float32))
-    extra = {name: labels_numpy(table[name]) for name in columns}
+@dataclass(frozen=True)
+class Reading:
+    """How a store is read: normalised or not, with which columns, and how many bytes of vectors a shard may hold."""
+
+    normalized: bool
+    columns: tuple[str, ...] = ()
+    memory_bytes: float = np.inf
+
+
+class StoredVectors:
+    """The vectors of one block, read from its store's mapped files on every use; only their norms stay."""
+
+    def __init__(self, store: FeatureStore, index: int, normalized: bool) -> None:
+        self.store, self.index, self.normalized = store, index, normalized
+        self.norms: Floats | None = None
+
+    def read(self, at: Ints | None = None) -> torch.Tensor:
+        stored = vectors_numpy(self.store.read_block(self.index, [self.store.column])[self.store.column])
+        x = torch.from_numpy((stored if at is None else stored[at]).astype(np.float32))
+        if not self.normalized:
+            return x
+        if at is not None:
+            return normalize(x)
+        if self.norms is None:
+            self.norms = canonical_norms(x)
+        return normalize(x, self.norms)
+
+
+def load_block(store: FeatureStore, index: int, reading: Reading, held: bool) -> Block:
+    """Return one block of a store, its vectors as float32 in memory (`held`) or read on every use."""
+    several = store.vectors_per_image > 1
+    table = store.read_block(index, ["row", *reading.columns, *([store.column] if several else [])])
     rows = np.array(table["row"].to_numpy(), dtype=np.int64)
-    return Block(index, normalize(x) if normalized else x, rows, np.ones(len(rows), dtype=np.bool_), extra)
+    columns = {name: labels_numpy(table[name]) for name in reading.columns}
+    if several:
+        counts = vector_counts(table[store.column])
+        rows, columns = np.repeat(rows, counts), {name: np.repeat(values, counts) for name, values in columns.items()}
+    vectors = StoredVectors(store, index, reading.normalized)
+    return Block(index, vectors.read() if held else vectors, rows, np.ones(len(rows), dtype=np.bool_), columns)
+
+
+def _gather(blocks: list[Block], first: int, at: Ints) -> list[Block]:
+    """Return blocks made of the vectors `at` that live here; `first` is the number of the first vector of all here."""
+    x, rows, eligible = [], [], []
+    for block in blocks:
+        here = at[(at >= first) & (at < first + len(block.rows))] - first
+        x.append(block.some(here))
+        rows.append(block.rows[here])
+        eligible.append(block.eligible[here])
+        first += len(block.rows)
+    every, numbers, mask = torch.cat(x), np.concatenate(rows), np.concatenate(eligible)
+    cuts = range(0, max(1, len(numbers)), BLOCK_ROWS)
+    return [Block(-1, every[c : c + BLOCK_ROWS], numbers[c : c + BLOCK_ROWS], mask[c : c + BLOCK_ROWS]) for c in cuts]
 
 
 def _run(blocks: list[Block], fn: Callable[..., Any], args: tuple[Any, ...], combine: Callable[[Any, Any], Any] | None) -> Any:
     """Run fn over blocks; the list of results, or their left fold."""
-    if combine is None:
-        return [fn(block, *args) for block in blocks]
-    folded = fn(blocks[0], *args)
-    for block in blocks[1:]:
-        folded = combine(folded, fn(block, *args))
-    return folded
+    results: list[Any] = []
+    for block in blocks:
+        result = fn(block, *args)
+        block.release()
+        if combine and results:
+            results[0] = combine(results[0], result)
+        else:
+            results.append(result)
+    return results[0] if combine else results
 
 
 def _pick_out(block: Block, rows: Ints) -> tuple[Ints, torch.Tensor]:
-    """Return (positions in `rows`, their vectors) of the asked rows that live in this block."""
-    at = np.searchsorted(block.rows, rows)
-    at[at == len(block.rows)] = 0
-    here = np.flatnonzero(block.rows[at] == rows) if len(block.rows) else np.empty(0, dtype=np.int64)
-    return here, block.x[torch.from_numpy(at[here])]
+    """Return (positions in `rows`, vectors) of all vectors of the asked rows that live in this block."""
+    first, end = np.searchsorted(block.rows, rows), np.searchsorted(block.rows, rows, side="right")
+    counts = end - first
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    here: Ints = np.repeat(np.arange(len(rows), dtype=np.int64), counts)
+    return here, block.some(np.repeat(first, counts) + within)
 
 
-def _assemble(shards: Shards, rows: Ints) -> torch.Tensor:
-    out = torch.empty((len(rows), shards.d), dtype=torch.float32)
-    found = 0
-    for here, x in shards.map(_pick_out, rows):
-        out[torch.from_numpy(here)] = x
-        found += len(here)
-    if found != len(rows):
-        raise InputError(f"{len(rows) - found} of {len(rows)} rows have no vector")
-    return out
+def take_patterns(shards: Shards, rows: Ints) -> tuple[torch.Tensor, Ints]:
+    """Return all vectors of some pool rows, image after image in the order given, and each one's position in `rows`.
+
+    (m, d) float32 and (m,), ascending; m is len(rows) where an image has one vector. Raises InputError for a row
+    without any.
+    """
+    found = shards.map(_pick_out, rows)
+    owner = np.concatenate([here for here, _ in found])
+    order = np.argsort(owner, kind="stable")
+    missing = len(rows) - len(np.unique(owner))
+    if missing:
+        raise InputError(f"{missing} of {len(rows)} rows have no vector")
+    return torch.cat([x for _, x in found])[torch.from_numpy(order)], owner[order]
 
 
 def _reset(block: Block, excluded: Ints) -> None:
@@ -123,58 +201,103 @@ class LocalShards:
         self.d = d
 
     def take(self, rows: Ints) -> torch.Tensor:
-        return _assemble(self, rows)
+        return take_patterns(self, rows)[0]
 
-    def map(self, fn: Callable[..., Any], *args: Any, combine: Callable[[Any, Any], Any] | None = None) -> Any:
-        return _run(self.blocks, fn, args, combine)
+    def restore(self) -> None:
+        """Nothing can be lost here that this process would survive."""
+
+    def map(
+        self, fn: Callable[..., Any], *args: Any, combine: Callable[[Any, Any], Any] | None = None, at: Ints | None = None
+    ) -> Any:
+        return _run(self.blocks if at is None else _gather(self.blocks, 0, at), fn, args, combine)
+
+
+def load_blocks(store: FeatureStore, indices: Iterable[int], reading: Reading) -> list[Block]:
+    """Return blocks of a store: their vectors in memory if they fit the reading's budget, else read on every use."""
+    numbers = list(indices)
+    low, high = numbers[0] * store.block_rows, (numbers[-1] + 1) * store.block_rows
+    parts = [part for part in store.manifest["parts"] if low <= part["start"] < high]
+    held = 4 * store.dim * sum(part_vectors(part) for part in parts) <= reading.memory_bytes
+    return [load_block(store, index, reading, held) for index in numbers]
 
 
 class _Shard:
     """The actor: a contiguous run of blocks."""
 
-    def __init__(self, uri: str, indices: list[int], normalized: bool, columns: list[str]) -> None:
+    def __init__(self, uri: str, indices: list[int], reading: Reading) -> None:
         torch.set_num_threads(1)
         store = FeatureStore(uri)
-        self.blocks = [load_block(store, index, normalized, columns) for index in indices]
+        self.blocks = load_blocks(store, indices, reading)
+        self.first = sum(part_vectors(p) for p in store.manifest["parts"] if p["start"] < indices[0] * store.block_rows)
 
     def run(self, call: tuple[Any, ...]) -> Any:
-        fn, args, combine = call
-        return _run(self.blocks, fn, args, combine)
+        fn, args, combine, at = call
+        return _run(self.blocks if at is None else _gather(self.blocks, self.first, at), fn, args, combine)
 
     def fold(self, combine: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
         return combine(a, b)
+
+    def pid(self) -> int:
+        return os.getpid()
 
 
 class RayShards:
     """Blocks on `workers` Ray actors, contiguous and as even as can be; results meet in a tree, not on the driver."""
 
-    def __init__(self, store: FeatureStore, workers: int, cpus: int, normalized: bool, columns: list[str]) -> None:
+    def __init__(self, store: FeatureStore, workers: int, cpus: int, reading: Reading) -> None:
+        self.n, self.d = store.num_patterns, store.dim
+        self.uri, self.reading = store.place.absolute, reading
+        workers = min(workers, store.num_blocks)
+        self.share = max(0.01, 1.0 if workers <= cpus else int(100 * cpus / workers) / 100)
+        self.runs = [run.tolist() for run in np.array_split(np.arange(store.num_blocks), workers)]
+        self.actors = [self._start(run) for run in self.runs]
+
+    def _start(self, run: list[int]) -> Any:
         import ray
 
-        self.n, self.d = store.num_vectors, store.dim
-        workers = min(workers, store.num_blocks)
-        share = 1.0 if workers <= cpus else int(100 * cpus / workers) / 100
-        actor = ray.remote(_Shard).options(num_cpus=max(share, 0.01))
-        runs = [run.tolist() for run in np.array_split(np.arange(store.num_blocks), workers)]
-        self.actors = [actor.remote(store.place.absolute, run, normalized, columns) for run in runs]
+        return ray.remote(_Shard).options(num_cpus=self.share).remote(self.uri, run, self.reading)
 
     def take(self, rows: Ints) -> torch.Tensor:
-        return _assemble(self, rows)
+        return take_patterns(self, rows)[0]
 
-    def map(self, fn: Callable[..., Any], *args: Any, combine: Callable[[Any, Any], Any] | None = None) -> Any:
+    def map(
+        self, fn: Callable[..., Any], *args: Any, combine: Callable[[Any, Any], Any] | None = None, at: Ints | None = None
+    ) -> Any:
         import ray
 
-        call = ray.put((fn, args, combine))
+        call = ray.put((fn, args, combine, at))
         results = [actor.run.remote(call) for actor in self.actors]
         if combine is None:
-            return [result for shard in ray.get(results) for result in shard]
+            return [result for shard in self._get(results) for result in shard]
         folders = list(self.actors)
         while len(results) > 1:
             pairs = range(0, len(results) - 1, 2)
             odd = results[-1:] if len(results) % 2 else []
             results = [folders[i].fold.remote(combine, results[i], results[i + 1]) for i in pairs] + odd
             folders = folders[::2]
-        return ray.get(results[0])
+        return self._get(results[0])
+
+    def _get(self, results: Any) -> Any:
+        """Return results; raises LostShardError where an actor, or what it had made, is gone."""
+        import ray
+        from ray.exceptions import ObjectLostError, RayActorError
+
+        try:
+            return ray.get(results)
+        except (RayActorError, ObjectLostError) as error:
+            raise LostShardError(str(error).splitlines()[0]) from error
+
+    def restore(self) -> None:
+        """Start the actors that don't answer again; they read their blocks anew."""
+        import ray
+        from ray.exceptions import GetTimeoutError, RayActorError
+
+        for index, actor in enumerate(self.actors):
+            try:
+                ray.get(actor.pid.remote(), timeout=RESTORE_TIMEOUT_S)
+            except (RayActorError, GetTimeoutError):
+                ray.kill(actor)
+                self.actors[index] = self._start(self.runs[index])
 
     def close(self) -> None:
         """Give the actors' CPUs and memory back."""
@@ -185,27 +308,39 @@ class RayShards:
         self.actors = []
 
 
-def fits(store: FeatureStore) -> bool:
-    """Return whether the features, as float32, take less than half of this machine's free memory."""
+def free_bytes() -> int:
+    """Return this machine's free memory."""
     import psutil
 
-    return bool(4 * store.num_vectors * store.dim < MEMORY_SHARE * psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available)
 
 
-def open_local(store: FeatureStore, normalized: bool, columns: Iterable[str]) -> LocalShards:
-    """Read a whole store into this process."""
-    names = list(columns)
-    return LocalShards([load_block(store, index, normalized, names) for index in range(store.num_blocks)], store.dim)
+def fits(store: FeatureStore) -> bool:
+    """Return whether the features, as float32, take less than half of this machine's free memory."""
+    return 4 * store.num_patterns * store.dim < MEMORY_SHARE * free_bytes()
 
 
-def from_array(x: npt.NDArray[np.float32], labels: Ints | None = None, block_rows: int = 8192) -> LocalShards:
-    """Return an array (n, d) as shards in this process, rows 0..n-1, as it is (not normalised)."""
+def open_local(store: FeatureStore, reading: Reading) -> LocalShards:
+    """Open a whole store in this process."""
+    return LocalShards(load_blocks(store, range(store.num_blocks), reading), store.dim)
+
+
+def from_array(
+    x: npt.NDArray[np.float32], labels: Ints | None = None, block_rows: int = 8192, rows: Ints | None = None
+) -> LocalShards:
+    """Return an array (n, d) as shards in this process, as it is (not normalised).
+
+    `rows` (n,) are the vectors' pool rows, ascending, an image's several vectors under one row; 0..n-1 without them.
+    `labels` are indexed by pool row.
+    """
+    numbers: Ints = np.arange(len(x), dtype=np.int64) if rows is None else rows
+    last = int(numbers[-1]) if len(numbers) else 0
     blocks = []
-    for index, start in enumerate(range(0, max(len(x), 1), block_rows)):
-        part = torch.from_numpy(np.array(x[start : start + block_rows], dtype=np.float32))
-        rows = np.arange(start, start + len(part), dtype=np.int64)
-        columns = {} if labels is None else {"label": labels[start : start + len(part)]}
-        blocks.append(Block(index, part, rows, np.ones(len(part), dtype=np.bool_), columns))
+    for index, start in enumerate(range(0, last + 1, block_rows)):
+        low, high = np.searchsorted(numbers, [start, start + block_rows])
+        part, mine = torch.from_numpy(np.array(x[low:high], dtype=np.float32)), numbers[low:high]
+        columns = {} if labels is None else {"label": labels[mine]}
+        blocks.append(Block(index, part, mine, np.ones(len(part), dtype=np.bool_), columns))
     return LocalShards(blocks, x.shape[1])
 
 

@@ -1,20 +1,9 @@
-"""Published folders on any pyarrow filesystem, and the feature store.
-
-A folder is published by its `manifest.json`, written last; before that only the command named in its `run.json`
-may go on in it. Published folders are immutable.
-"""
+"""The feature store: Arrow parts in a published folder, read lazily by block."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import uuid
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Iterable
 from functools import cached_property
-from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -23,185 +12,11 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from engine import __version__
+from engine.folders import Place, digest_of, publish, read_manifest, read_run
 from engine.schema import BLOCK_ROWS, InputError
 
-FORMAT = 1
-"""Version of the folder layout; a store of another version is refused by name."""
-
-
-def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """Return (filesystem, path) for a local path or any URI that pyarrow knows (s3://, gs://, file://)."""
-    if "://" not in uri:
-        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
-    try:
-        filesystem, path = pafs.FileSystem.from_uri(uri)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"cannot open {uri!r}: {error}") from error
-    return filesystem, path
-
-
-@dataclass(frozen=True)
-class Place:
-    """A folder or file on some filesystem; `uri` is how the user named it."""
-
-    uri: str
-
-    @cached_property
-    def opened(self) -> tuple[pafs.FileSystem, str]:
-        """The filesystem, and the path on it."""
-        return open_filesystem(self.uri)
-
-    @property
-    def fs(self) -> pafs.FileSystem:
-        """The filesystem this place is on."""
-        return self.opened[0]
-
-    @property
-    def path(self) -> str:
-        """The path on that filesystem."""
-        return self.opened[1]
-
-    @property
-    def absolute(self) -> str:
-        """The name under which a worker with another working directory finds this place."""
-        return self.path if isinstance(self.fs, pafs.LocalFileSystem) else self.uri
-
-    def at(self, *names: str) -> Place:
-        """Return the place below this one."""
-        return Place("/".join([self.uri.rstrip("/"), *names]))
-
-    def kind(self) -> pafs.FileType:
-        """Return whether this is a file, a folder or nothing."""
-        return self.fs.get_file_info(self.path).type
-
-    def exists(self) -> bool:
-        """Return whether there is a file or folder here."""
-        return bool(self.kind() != pafs.FileType.NotFound)
-
-    def names(self) -> list[str]:
-        """Return the names directly inside this folder, sorted; empty where there is no folder."""
-        selector = pafs.FileSelector(self.path, allow_not_found=True)
-        return sorted(info.base_name for info in self.fs.get_file_info(selector))
-
-    def read(self) -> bytes:
-        """Return the whole file."""
-        with self.fs.open_input_stream(self.path) as stream:
-            return bytes(stream.read())
-
-    def write(self, data: bytes | pa.Buffer) -> None:
-        """Write a whole file so that it appears complete or not at all.
-
-        On a local disk a temporary name is renamed; an object store publishes a single put when it is closed.
-        """
-        if not isinstance(self.fs, pafs.LocalFileSystem):
-            with self.fs.open_output_stream(self.path) as stream:
-                stream.write(data)
-            return
-        os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        temporary = f"{self.path}.tmp-{uuid.uuid4().hex[:8]}"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-            os.replace(temporary, self.path)
-        finally:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
-
-    def remove(self) -> None:
-        """Delete this folder and everything in it."""
-        self.fs.delete_dir(self.path)
-
-
-def to_json(value: Any) -> bytes:
-    """Return canonical JSON: sorted keys, tuples as lists, two-space indent, a final newline."""
-    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def digest_of(value: Any) -> str:
-    """Return the sha256 of a JSON-ready value or of bytes, as hex."""
-    data = value if isinstance(value, bytes) else to_json(value)
-    return hashlib.sha256(data).hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a manifest records."""
-    found = {"coresift": __version__}
-    for name in ("numpy", "pyarrow", "ray", "torch", "timm"):
-        found[name] = metadata.version(name)
-    return found
-
-
-def now() -> str:
-    """Return the time in UTC, ISO 8601, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def read_manifest(place: Place) -> dict[str, Any] | None:
-    """Return the manifest of a published folder, or None where there is none."""
-    file = place.at("manifest.json")
-    if not file.exists():
-        return None
-    manifest: dict[str, Any] = json.loads(file.read())
-    if manifest.get("format") != FORMAT:
-        raise InputError(f"{place.uri} has format {manifest.get('format')!r}; this version reads format {FORMAT}")
-    return manifest
-
-
-def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[str]:
-    """Yield 'name: old -> new' for every leaf in which two identities differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            yield from _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
-    elif old != new:
-        yield f"{prefix} {json.dumps(old)} -> {json.dumps(new)}"
-
-
-def _refuse(place: Place, old: dict[str, Any], new: dict[str, Any], state: str) -> InputError:
-    changed = list(_differences(old, new))
-    shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
-    return InputError(f"{place.uri} {state} with other inputs ({shown}): choose another --out, or pass --overwrite")
-
-
-def begin(place: Place, kind: str, inputs: dict[str, Any], options: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """Claim a folder for one run; return its manifest when exactly this run is already published there.
-
-    A folder begun with the same kind, inputs and options is gone on with. Raises InputError when the folder holds
-    anything else, unless `overwrite`, which empties folders of ours and no others.
-    """
-    identity = json.loads(to_json({"kind": kind, "inputs": inputs, "options": options}))
-    published = read_manifest(place) if not overwrite else None
-    if published is not None:
-        found = {key: published.get(key) for key in identity}
-        if found != identity:
-            raise _refuse(place, found, identity, "is published")
-        return published
-    run = place.at("run.json")
-    names = place.names()
-    if place.kind() == pafs.FileType.File:
-        raise InputError(f"{place.uri} is a file: choose another --out")
-    if names and not {"run.json", "manifest.json"} & set(names):
-        raise InputError(f"{place.uri} holds files that are not coresift's ({names[0]!r}): choose an empty or new --out")
-    if overwrite and names:
-        place.remove()
-    elif run.exists():
-        begun = json.loads(run.read())
-        if begun != identity:
-            raise _refuse(place, begun, identity, "was begun")
-        return None
-    if isinstance(place.fs, pafs.LocalFileSystem):
-        os.makedirs(place.path, exist_ok=True)
-    run.write(to_json(identity))
-    return None
-
-
-def publish(place: Place, facts: dict[str, Any]) -> dict[str, Any]:
-    """Write the manifest of a folder that was begun: its identity, `facts`, versions and the time. Returns it."""
-    identity = json.loads(place.at("run.json").read())
-    manifest = {"format": FORMAT, **identity, **facts, "versions": versions(), "published": now()}
-    place.at("manifest.json").write(to_json(manifest))
-    result: dict[str, Any] = json.loads(to_json(manifest))
-    return result
+PATTERNS = "patterns"
+"""The column that holds a list of vectors for each image; any other holds one."""
 
 
 def table_bytes(table: pa.Table) -> pa.Buffer:
@@ -230,14 +45,36 @@ def vectors_array(values: npt.NDArray[Any]) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).reshape(-1)), values.shape[1])
 
 
+def patterns_array(values: npt.NDArray[Any], counts: npt.NDArray[np.int64]) -> pa.ListArray:
+    """Return (v, d) values as an Arrow column of lists of vectors: the next counts[i] of them are image i's."""
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), vectors_array(values))
+
+
 def vectors_numpy(column: pa.ChunkedArray) -> npt.NDArray[Any]:
-    """Return a fixed-size list column as an (r, d) array, without a copy when it has one chunk."""
-    width = column.type.list_size
-    chunks = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, width) for chunk in column.chunks if len(chunk)]
+    """Return a column of vectors as a (v, d) array, without a copy when it has one chunk.
+
+    v is the number of images, or, where the column holds lists of vectors, of all vectors in them, image after image.
+    """
+    kind = column.type.value_type if pa.types.is_list(column.type) else column.type
+    vectors = [chunk.flatten() if pa.types.is_list(column.type) else chunk for chunk in column.chunks]
+    width = kind.list_size
+    chunks = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, width) for chunk in vectors if len(chunk)]
     if len(chunks) == 1:
         return np.asarray(chunks[0])
-    dtype = column.type.value_type.to_pandas_dtype()
-    return np.concatenate(chunks) if chunks else np.empty((0, width), dtype=dtype)
+    return np.concatenate(chunks) if chunks else np.empty((0, width), dtype=kind.value_type.to_pandas_dtype())
+
+
+def vector_counts(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    """Return how many vectors each image of a column of vectors has, (r,) int64."""
+    if not pa.types.is_list(column.type):
+        return np.ones(len(column), dtype=np.int64)
+    return np.asarray(pa.compute.list_value_length(column).to_numpy(), dtype=np.int64)
+
+
+def part_vectors(part: dict[str, Any]) -> int:
+    """Return how many vectors a part of a manifest holds: one an image, or its images' patterns."""
+    return int(part.get("num_patterns", part["num_vectors"]))
 
 
 def labels_numpy(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
@@ -245,11 +82,22 @@ def labels_numpy(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
     return np.asarray(column.fill_null(-1).to_numpy(), dtype=np.int64)
 
 
+def check_ids(ids: pa.Array | pa.ChunkedArray, uri: str) -> None:
+    """Raise InputError where an id is missing or occurs twice; the message names the row or the id."""
+    if ids.null_count:
+        raise InputError(f"{uri}: row {ids.is_null().to_pylist().index(True)} has no id ({ids.null_count} have none)")
+    counts = ids.value_counts()
+    if len(counts) != len(ids):
+        worst = max(counts.to_pylist(), key=lambda entry: int(entry["counts"]))
+        raise InputError(f"{uri}: ids must differ, {worst['values']!r} occurs {worst['counts']} times")
+
+
 class FeatureStore:
     """A published features/ folder, read lazily.
 
-    `num_rows` pool rows were listed, `num_vectors` have a vector of `dim` floats; the rest are in
-    rejected.parquet. Blocks are ranges of `block_rows` pool rows; a part never spans two blocks.
+    `num_rows` pool rows were listed, `num_vectors` have a vector of `dim` floats, or up to `vectors_per_image` of them
+    (`num_patterns` in all); the rest are in rejected.parquet. Blocks are ranges of `block_rows` pool rows; a part never
+    spans two blocks, nor an image two parts.
     """
 
     def __init__(self, uri: str) -> None:
@@ -262,6 +110,9 @@ class FeatureStore:
         self.manifest = manifest
         self.num_rows: int = manifest["num_rows"]
         self.num_vectors: int = manifest["num_vectors"]
+        self.num_labeled: int = manifest["num_labeled"]
+        self.num_patterns = sum(part_vectors(part) for part in manifest["parts"])
+        self.vectors_per_image: int = manifest.get("vectors_per_image", 1)
         self.dim: int = manifest["dim"]
         self.column: str = manifest["column"]
         self.block_rows: int = manifest["block_rows"]
@@ -271,7 +122,7 @@ class FeatureStore:
     def _why_not(self, uri: str) -> str:
         if not self.place.exists():
             return f"{uri} does not exist: give the folder that `coresift embed` or `coresift import` wrote"
-        if self.place.at("run.json").exists():
+        if read_run(self.place) is not None:
             return f"{uri} is unfinished: run the command that began it again, it goes on where it stopped"
         return f"{uri} is not a feature store (no manifest.json): make one with `coresift embed` or `coresift import`"
 
@@ -283,7 +134,7 @@ class FeatureStore:
     @property
     def has_labels(self) -> bool:
         """Whether any vector has a label."""
-        return bool(self.manifest["num_labeled"])
+        return self.num_labeled > 0
 
     def read_part(self, name: str, columns: Iterable[str] | None = None) -> pa.Table:
         """Return one part as a table; on a local disk it is a view of the mapped file."""
@@ -298,20 +149,22 @@ class FeatureStore:
             return reader.read_all().select(list(columns))
         return reader.read_all()
 
-    def read_rows(self, start: int, stop: int, columns: Iterable[str] | None = None) -> pa.Table:
-        """Return the rows of the parts that lie in pool rows [start, stop)."""
-        wanted = list(columns) if columns is not None else None
-        inside = [part for part in self.manifest["parts"] if part["start"] < stop and part["stop"] > start]
-        return pa.concat_tables([self.read_part(part["name"], wanted) for part in inside])
+    @cached_property
+    def block_parts(self) -> list[list[str]]:
+        """The names of each block's parts, in order."""
+        names: list[list[str]] = [[] for _ in range(self.num_blocks)]
+        for part in self.manifest["parts"]:
+            names[part["start"] // self.block_rows].append(part["name"])
+        return names
 
     def read_block(self, index: int, columns: Iterable[str] | None = None) -> pa.Table:
         """Return the vectors of block `index` and their columns, ascending by row."""
-        start = index * self.block_rows
-        return self.read_rows(start, min(start + self.block_rows, self.num_rows), columns)
+        wanted = list(columns) if columns is not None else None
+        return pa.concat_tables([self.read_part(name, wanted) for name in self.block_parts[index]])
 
     def read_column(self, name: str) -> pa.ChunkedArray:
         """Return one small column (row, id, label) of the whole store."""
-        return self.read_rows(0, self.num_rows, [name])[name]
+        return pa.concat_tables([self.read_part(part["name"], [name]) for part in self.manifest["parts"]])[name]
 
     @cached_property
     def rows(self) -> npt.NDArray[np.int64]:
@@ -324,10 +177,20 @@ class FeatureStore:
         return labels_numpy(self.read_column("label"))
 
     def vectors(self, rows: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.float32]:
-        """Return all vectors, or those of some pool rows in the order given, as float32 (n, d) in memory."""
+        """Return all vectors, or those of some pool rows in the order given, as float32 (n, d) in memory.
+
+        Raises InputError for rows without a vector, and for a store with several vectors an image.
+        """
+        if self.vectors_per_image > 1:
+            raise InputError(
+                f"{self.place.uri} has up to {self.vectors_per_image} vectors an image: one an image is needed here"
+            )
         if rows is None:
             return vectors_numpy(self.read_column(self.column)).astype(np.float32)
         out = np.empty((len(rows), self.dim), dtype=np.float32)
+        outside = rows[(rows < 0) | (rows >= self.num_rows)]
+        if len(outside):
+            raise InputError(f"{self.place.uri} has rows 0 to {self.num_rows - 1}, not {outside[0]}")
         for index in np.unique(rows // self.block_rows):
             table = self.read_block(int(index), ["row", self.column])
             mine = np.flatnonzero(rows // self.block_rows == index)
@@ -354,6 +217,7 @@ def publish_features(place: Place, parts: list[dict[str, Any]], facts: dict[str,
             "digest": digest_of([[part["start"], part["sha256"]] for part in ordered]),
             "num_vectors": sum(part["num_vectors"] for part in ordered),
             "num_labeled": sum(part["num_labeled"] for part in ordered),
+            "vectors_per_image": 1,
             "block_rows": BLOCK_ROWS,
             **facts,
         },

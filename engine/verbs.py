@@ -24,6 +24,10 @@ Workers = Annotated[
         result=False,
     ),
 ]
+Memory = Annotated[
+    str | None,
+    Opt("Vectors a shard may hold in memory (4GiB); more are read on every use. Default: half of what is free.", result=False),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,16 @@ class EmbedOptions:
         str | None, Opt("center crops, squash resizes both sides, border pads.", choices=("center", "squash", "border"))
     ] = None
     pixels_size: Annotated[int, Opt("Side in px of the `pixels` encoder's image.", min=1, max=256)] = 8
+    num_patterns: Annotated[
+        int, Opt("`patterns`: most vectors of an image; 1 is their mean, GEAL v1 has 25.", min=1, max=1000)
+    ] = 5
+    attention_ratio: Annotated[
+        float, Opt("`patterns`: share of the attention that the local features kept carry.", min=0, max=1)
+    ] = 0.5
+    pattern_metric: Annotated[
+        str, Opt("`patterns`: how local features are clustered; GEAL v1: cosine.", choices=("euclidean", "cosine"))
+    ] = "euclidean"
+    seed: Seed = 0
     dtype: Annotated[str, Opt("How vectors are stored.", choices=("float32", "float16"))] = "float32"
     batch_size: Annotated[
         int | None, Opt("Images in a batch of the encoder. Default: 16 on a CPU, 256 on a GPU.", min=1, max=65536)
@@ -67,7 +81,7 @@ class EmbedOptions:
     workers: Annotated[
         int | None, Opt("Ray actors; 0 embeds in this process. Default: one a GPU, else one a CPU.", min=0, result=False)
     ] = None
-    cpus_per_worker: Annotated[int, Opt("CPU threads of an actor.", min=1, result=False)] = 1
+    cpus_per_worker: Annotated[int, Opt("CPU threads of an actor; another number may round differently.", min=1)] = 1
     gpus_per_worker: Annotated[
         float | None, Opt("GPUs of an actor. Default: 1 if the cluster has one.", min=0, result=False)
     ] = None
@@ -104,12 +118,43 @@ class SelectOptions:
     labeled: Annotated[
         str | None, Opt("What is labelled already: a selection folder, ids (.txt), or pool rows (.json, .npy).", result=False)
     ] = None
+    exclude: Annotated[
+        str | None, Opt("What may not be picked: a dedup folder, ids (.txt), or pool rows (.json, .npy).", result=False)
+    ] = None
     seed: Seed = 0
     option: Annotated[
         tuple[str, ...], Opt("Option of the strategy. Repeatable.", metavar="NAME=VALUE", result=False, repeat=True)
     ] = ()
     normalize: Normalize = True
     workers: Workers = None
+    memory_per_shard: Memory = None
+    journal_s: Annotated[
+        float, Opt("Seconds between two entries of the journal that an unfinished run goes on from.", min=0, result=False)
+    ] = 10.0
+    address: Address = None
+    overwrite: Overwrite = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DedupOptions:
+    """Find images that are near copies of others (SemDeDup): what `select --exclude` leaves out.
+
+    Of every group of near copies one is kept. They are sought within k-means clusters, so copies on two sides of a border
+    between clusters are not found; --clusters 1 finds all.
+    """
+
+    features: Annotated[str, Opt("Feature store written by embed or import.", positional=True)]
+    out: Out
+    eps: Annotated[float, Opt("Copies have a cosine similarity above 1 - eps to an image that is kept.", min=1e-6, max=1)] = (
+        0.05
+    )
+    clusters: Annotated[
+        int | None, Opt("k-means clusters; 1 is exact. Default: 1 up to 8192 images, else the root of a twentieth.", min=1)
+    ] = None
+    iterations: Annotated[int, Opt("Lloyd steps; stops early once no row moves.", min=0, max=100_000)] = 20
+    seed: Seed = 0
+    workers: Workers = None
+    memory_per_shard: Memory = None
     address: Address = None
     overwrite: Overwrite = False
 
@@ -136,6 +181,7 @@ class EvaluateOptions:
     seed: Seed = 0
     out: Annotated[str | None, Opt("Folder to write the metrics to. Default: only print.", metavar="DIR", result=False)] = None
     workers: Workers = None
+    memory_per_shard: Memory = None
     address: Address = None
     overwrite: Overwrite = False
 
@@ -159,6 +205,7 @@ class CompareOptions:
     linear_epochs: Annotated[int, Opt("Epochs of the linear probe.", min=1)] = 100
     emd_sample: Annotated[int, Opt("Pool rows in the earth mover's distance.", min=1, max=20000)] = 2000
     workers: Workers = None
+    memory_per_shard: Memory = None
     address: Address = None
     overwrite: Overwrite = False
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from engine.folders import Place
 from engine.schema import InputError
-from engine.store import Place
 
 WRAPPERS = ("teacher", "state_dict", "model")
 """Entries under which a checkpoint keeps its weights: DINO; MoCo-v2 and CompRess; DeiT and CompRess."""
@@ -51,7 +51,7 @@ def read_state(uri: str) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # DINO keeps its arguments beside its weights
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"weights file {uri!r} cannot be read with weights_only: {reason}") from error
     if not isinstance(state, dict):
         raise InputError(f"weights file {uri!r} holds a {type(state).__name__}, not a state dict")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from engine import session
-from engine.blocks import Ints
+from engine.arrays import Ints
+from engine.folders import Claim, Place, digest_of, publish, read_manifest
+from engine.runner import Journal, Method, run_method
 from engine.schema import (
     InputError,
     Progress,
@@ -22,14 +24,13 @@ from engine.schema import (
     lookup,
     no_progress,
     parse_budgets,
+    parse_bytes,
     parse_pairs,
     result_options,
 )
-from engine.shards import RayShards, Request, Shards, Step, check_finite, fits, open_local, prepare
-from engine.store import FeatureStore, Place, begin, digest_of, publish, read_manifest, table_bytes
+from engine.shards import RayShards, Reading, Request, Shards, Step, check_finite, fits, free_bytes, open_local
+from engine.store import FeatureStore, table_bytes
 from engine.verbs import SelectOptions
-
-Method = Callable[[Shards, Request, Any], Iterator[Step]]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Strategy:
     """A row of STRATEGIES. `columns` are the store's columns that the method reads beside the vectors.
 
     `nested`: the picks for a smaller budget are a prefix of those for a larger one, so one run answers them all.
+    `patterns`: it takes images with several vectors.
     """
 
     module: str
@@ -44,6 +46,7 @@ class Strategy:
     summary: str
     nested: bool = False
     columns: tuple[str, ...] = ()
+    patterns: bool = False
 
     def load(self) -> tuple[Method, type[Any]]:
         """Import the module; return its method and its Options."""
@@ -57,8 +60,30 @@ STRATEGIES: dict[str, Strategy] = {
         "engine.select.baselines", "uniform", "equally many of every class, by the pool's own labels", columns=("label",)
     ),
     "kmeans": Strategy("engine.select.kmeans", "kmeans", "the image nearest to each of `budget` k-means centres"),
+    "activeft": Strategy(
+        "engine.select.activeft", "activeft", "vectors moved towards the pool and apart, each snapped to an image"
+    ),
     "coreset": Strategy(
         "engine.select.coreset", "coreset", "k-center greedy: always the image farthest from all picks", nested=True
+    ),
+    "maxherding": Strategy(
+        "engine.select.maxherding", "maxherding", "always the image that adds most to the pool's kernel coverage", nested=True
+    ),
+    "probcover": Strategy(
+        "engine.select.probcover", "probcover", "always the image whose ball covers most of what is uncovered", nested=True
+    ),
+    "facility_location": Strategy(
+        "engine.select.facility_location",
+        "facility_location",
+        "always the image that adds most to each image's similarity to its most similar pick",
+        nested=True,
+    ),
+    "typiclust": Strategy("engine.select.typiclust", "typiclust", "the most typical image of each uncovered k-means cluster"),
+    "hierarchical": Strategy(
+        "engine.select.hierarchical", "hierarchical", "k-means of k-means, and the budget split evenly down the tree"
+    ),
+    "freesel": Strategy(
+        "engine.select.freesel", "freesel", "images drawn by their patterns' distance to the picks", nested=True, patterns=True
     ),
 }
 
@@ -70,17 +95,13 @@ def strategy_options(name: str, given: dict[str, Any]) -> tuple[Strategy, Method
     return strategy, method, build_options(declared, given, f"strategy {name!r}")
 
 
-def run_method(
-    method: Method, shards: Shards, request: Request, options: Any, progress: Progress = no_progress, stage: str = "select"
-) -> Step:
-    """Run a method to its end and return its last step, checked against the contract of every strategy."""
-    last = None
-    for last in method(shards, request, options):
-        progress(stage, last.number, last.total, last.note)
-    assert last is not None
-    assert len(last.picks) == len(last.gains) == len(np.unique(last.picks)) == request.budget
-    assert not np.isin(last.picks, request.labeled).any()
-    return last
+def check_vectors(strategy: Strategy, store: FeatureStore) -> None:
+    """Raise InputError when the strategy takes one vector an image and the store has several."""
+    if store.vectors_per_image > 1 and not strategy.patterns:
+        raise InputError(
+            f"strategy {strategy.name!r} takes one vector an image, and {store.place.uri} has up to "
+            f"{store.vectors_per_image} (patterns): use freesel"
+        )
 
 
 def read_labeled(uri: str | None, store: FeatureStore) -> Ints:
@@ -88,57 +109,89 @@ def read_labeled(uri: str | None, store: FeatureStore) -> Ints:
 
     Rows without a vector (rejected images) are left out. Raises InputError for ids or rows the store doesn't know.
     """
+    return _read_rows("--labeled", uri, store, "selection", _labeled_and_picked)
+
+
+def read_excluded(uri: str | None, store: FeatureStore) -> Ints:
+    """Return the pool rows that may not be picked, ascending, out of a dedup folder, ids (.txt), or rows (.json, .npy).
+
+    As `read_labeled`.
+    """
+    return _read_rows("--exclude", uri, store, "dedup", _near_copies)
+
+
+def _labeled_and_picked(uri: str, store: FeatureStore) -> Ints:
+    selection = read_selection(uri, store)
+    return np.concatenate([selection.labeled, selection.picks])
+
+
+def _near_copies(uri: str, store: FeatureStore) -> Ints:
+    place = Place(uri)
+    manifest = read_manifest(place)
+    if manifest is None or manifest["kind"] != "dedup":
+        raise InputError(f"{uri} is not a finished dedup folder: make one with `coresift dedup`")
+    if manifest["inputs"]["features"] != store.digest:
+        raise InputError(f"{uri} was made from other features than {store.place.uri}")
+    return np.array(json.loads(place.at("indices.json").read()), dtype=np.int64)
+
+
+def _read_rows(
+    flag: str, uri: str | None, store: FeatureStore, kind: str, of_folder: Callable[[str, FeatureStore], Ints]
+) -> Ints:
     if uri is None:
         return np.empty(0, dtype=np.int64)
     place = Place(uri)
     if not place.exists():
-        raise InputError(f"--labeled {uri!r} does not exist")
+        raise InputError(f"{flag} {uri!r} does not exist")
     if uri.endswith(".txt"):
-        return _rows_of_ids(uri, place.read().decode().splitlines(), store)
+        return _rows_of_ids(flag, uri, place.read().decode().split("\n"), store)
     if uri.endswith(".npy"):
         import io
 
         values = np.load(io.BytesIO(place.read()), allow_pickle=False)
     elif uri.endswith(".json"):
         values = np.array(json.loads(place.read()))
-    elif place.at("manifest.json").exists():
-        selection = read_selection(uri, store)
-        values = np.concatenate([selection.labeled, selection.picks])
+    elif read_manifest(place) is not None:
+        values = of_folder(uri, store)
     else:
-        raise InputError(f"--labeled {uri!r} is neither a selection folder nor a .txt, .json or .npy file")
+        raise InputError(f"{flag} {uri!r} is neither a {kind} folder nor a .txt, .json or .npy file")
     if values.size and (values.ndim != 1 or values.dtype.kind not in "iu"):
-        raise InputError(f"--labeled {uri!r} must hold a flat list of pool rows")
+        raise InputError(f"{flag} {uri!r} must hold a flat list of pool rows")
     rows = np.unique(values.astype(np.int64))
     outside = rows[(rows < 0) | (rows >= store.num_rows)]
     if len(outside):
-        raise InputError(f"--labeled {uri!r} names row {outside[0]}; the pool has rows 0 to {store.num_rows - 1}")
+        raise InputError(f"{flag} {uri!r} names row {outside[0]}; the pool has rows 0 to {store.num_rows - 1}")
     return np.intersect1d(rows, store.rows)
 
 
-def _rows_of_ids(uri: str, lines: list[str], store: FeatureStore) -> Ints:
+def _rows_of_ids(flag: str, uri: str, lines: list[str], store: FeatureStore) -> Ints:
     ids = [line for line in lines if line]
     at = pa.compute.index_in(pa.array(ids, pa.string()), store.read_column("id").combine_chunks())
     if at.null_count:
         unknown = ids[at.is_null().to_pylist().index(True)]
-        raise InputError(f"--labeled {uri!r} names {unknown!r}, which is not among the pool's ids ({at.null_count} unknown)")
+        raise InputError(f"{flag} {uri!r} names {unknown!r}, which is not among the pool's ids ({at.null_count} unknown)")
     return np.unique(store.rows[at.to_numpy()])
 
 
 def open_shards(
-    store: FeatureStore, workers: int | None, address: str | None, normalized: bool, columns: tuple[str, ...]
+    store: FeatureStore, options: Any, normalized: bool, columns: tuple[str, ...]
 ) -> tuple[Shards, Callable[[], None]]:
     """Return the store's vectors as shards, and what closes them.
 
-    In this process for `workers` 0, or None when they fit its memory; else on Ray actors. Raises InputError when a
-    vector is not finite.
+    `options` has `workers`, `address`, `memory_per_shard`. In this process for `workers` 0, or None when the vectors fit
+    its memory; else on Ray actors. Raises InputError when a vector is not finite.
     """
+    limit = parse_bytes(options.memory_per_shard)
     shards: Shards
-    if workers == 0 or (workers is None and fits(store)):
-        shards, close = open_local(store, normalized, columns), _nothing_to_close
+    if options.workers == 0 or (options.workers is None and fits(store)):
+        reading = Reading(normalized, columns, limit or free_bytes() / 2)
+        shards, close = open_local(store, reading), _nothing_to_close
     else:
-        session.connect(address)
+        session.connect(options.address)
         cpus = session.cpus()
-        shards = on_actors = RayShards(store, workers or cpus, cpus, normalized, list(columns))
+        workers = options.workers or cpus
+        reading = Reading(normalized, columns, limit or free_bytes() / 2 / min(workers, cpus))
+        shards = on_actors = RayShards(store, workers, cpus, reading)
         close = on_actors.close
     check_finite(shards, store.place.uri)
     return shards, close
@@ -179,6 +232,14 @@ def write_selection(place: Place, store: FeatureStore, step: Step, labeled: Ints
     )
 
 
+def check_labels(strategy: Strategy, store: FeatureStore) -> None:
+    """Raise InputError where a strategy reads the pool's labels and some image has none."""
+    lacking = store.num_vectors - store.num_labeled
+    if "label" in strategy.columns and lacking:
+        where = f"{lacking} images of {store.place.uri}"
+        raise InputError(f"strategy {strategy.name!r} reads the pool's labels, and {where} have none: use 'random'")
+
+
 def prefix(step: Step, count: int) -> Step:
     """Return the first `count` picks of a nested method's last step."""
     columns = {name: values[:count] for name, values in step.columns.items()}
@@ -194,29 +255,37 @@ def select(options: SelectOptions, progress: Progress = no_progress) -> list[dic
     """
     store = FeatureStore(options.features)
     strategy, method, chosen = strategy_options(options.strategy, parse_pairs(options.option, "--option"))
+    check_vectors(strategy, store)
+    check_labels(strategy, store)
     labeled = read_labeled(options.labeled, store)
-    available = store.num_vectors - len(labeled)
+    excluded = read_excluded(options.exclude, store)
+    available = store.num_vectors - len(np.union1d(labeled, excluded))
     budgets = parse_budgets(options.budget, store.num_vectors, available)
     out = Place(options.out)
     places = {count: out.at(str(count)) if len(budgets) > 1 else out for count in budgets}
-    inputs = {"features": store.digest, "labeled": digest_of(labeled.tolist())}
+    inputs = {"features": store.digest, "labeled": digest_of(labeled.tolist()), "excluded": digest_of(excluded.tolist())}
     identity = {**result_options(options), "options": result_options(chosen)}
-    manifests: dict[int, dict[str, Any]] = {}
-    for count, place in places.items():
-        published = begin(place, "selection", inputs, {**identity, "count": count}, options.overwrite)
-        if published is not None:
-            manifests[count] = published
+    reads = [uri for uri in (options.features, options.labeled, options.exclude) if uri]
+    claims = {
+        count: Claim.of(place, "selection", inputs, {**identity, "count": count}, options.overwrite, reads)
+        for count, place in places.items()
+    }
+    manifests = {count: manifest for count, claim in claims.items() if (manifest := claim.published()) is not None}
     todo = sorted(set(budgets) - set(manifests))
     if todo:
-        shards, close = open_shards(store, options.workers, options.address, options.normalize, strategy.columns)
+        shards, close = open_shards(store, options, options.normalize, strategy.columns)
+        for count in todo:
+            claims[count].take()
         runs = [todo] if strategy.nested else [[count] for count in todo]
         for counts in runs:
-            prepare(shards, labeled)
+            journal = Journal(places[counts[-1]].at("journal.npz"), options.journal_s)
             began = time.perf_counter()
-            step = run_method(method, shards, Request(counts[-1], options.seed, labeled), chosen, progress)
-            facts = {"time": {"seconds_s": round(time.perf_counter() - began, 3)}}
+            request = Request(counts[-1], options.seed, labeled, excluded)
+            step = run_method(method, shards, request, chosen, progress, journal)
+            facts = {"num_excluded": len(excluded), "time": {"seconds_s": round(time.perf_counter() - began, 3)}}
             for count in counts:
                 manifests[count] = write_selection(places[count], store, prefix(step, count), labeled, facts)
+            journal.remove()
         close()
     return [manifests[count] for count in budgets]
 
@@ -235,7 +304,7 @@ def read_selection(uri: str, store: FeatureStore) -> Selection:
     place = Place(uri)
     manifest = read_manifest(place)
     if manifest is None or manifest["kind"] != "selection":
-        below = [name for name in place.names() if place.at(name, "manifest.json").exists()] if manifest is None else []
+        below = [name for name in place.names() if read_manifest(place.at(name))] if manifest is None else []
         hint = (
             f"it holds one for each budget: {', '.join(place.at(name).uri for name in below[:4])}"
             if below

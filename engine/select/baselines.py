@@ -8,7 +8,9 @@ from functools import partial
 
 import numpy as np
 
-from engine.blocks import Block, Bools, Ints, Ranked, merge_smallest, random_keys, smallest
+from engine.arrays import Bools, Ints
+from engine.blocks import Block, Ranked, merge_smallest, smallest
+from engine.draws import random_keys
 from engine.schema import InputError
 from engine.shards import Request, Shards, Step
 

@@ -15,22 +15,16 @@ from typing import Annotated
 import numpy as np
 import torch
 
-from engine.blocks import (
-    Block,
-    Floats,
-    Ints,
-    Ranked,
-    canonical_sqdist,
-    merge_smallest,
-    nearest_sqdist,
-    pairwise_sqdist,
-    random_keys,
-    smallest,
-)
+from engine.arrays import Floats, Ints
+from engine.blocks import Block, Ranked, merge_smallest, smallest
+from engine.canonical import canonical_sqdist, pairwise_sqdist
+from engine.draws import random_keys
+from engine.nearest import nearest_sqdist
 from engine.schema import Opt
 from engine.shards import Request, Shards, Step
 
 LABELED_CHUNK = 4096
+"""Rows by which distances are lowered at once where there are many already."""
 
 
 @dataclass(frozen=True)
@@ -108,22 +102,20 @@ def coreset(shards: Shards, request: Request, options: Options) -> Iterator[Step
     Starts from the labelled rows, or else from one seeded row. `gain` is a pick's distance to what was there
     before it (empty for the seeded row); the objective is the covering radius. Smaller budgets are prefixes.
     """
-    picks: list[int] = []
-    gains: list[float] = []
+    picks: list[int] = request.resume.picks.tolist() if request.resume else []
+    gains: list[float] = request.resume.gains.tolist() if request.resume else []
     if request.budget == 0:
         yield Step(0, 0, np.empty(0, dtype=np.int64), np.empty(0))
         return
     m = options.candidates
     find = partial(shards.map, _farthest_first, combine=partial(merge_smallest, m + 1))
-    new = np.empty(0, dtype=np.int64)
-    if len(request.labeled):
-        for start in range(0, len(request.labeled), LABELED_CHUNK):
-            chunk = request.labeled[start : start + LABELED_CHUNK]
-            ranked = find(shards.take(chunk).numpy(), new, m)
-    else:
+    if not picks and not len(request.labeled):
         _, first = shards.map(_lowest_key, request.seed, combine=partial(merge_smallest, 1))
-        picks, gains, new = [int(first[0])], [np.nan], first
-        ranked = find(shards.take(new).numpy(), new, m)
+        picks, gains = [int(first[0])], [np.nan]
+    there = np.concatenate([request.labeled, np.array(picks, dtype=np.int64)])
+    for start in range(0, len(there), LABELED_CHUNK):
+        chunk = there[start : start + LABELED_CHUNK]
+        ranked = find(shards.take(chunk).numpy(), chunk, m)
     rounds = 1
     while True:
         negated, rows = ranked

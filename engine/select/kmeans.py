@@ -1,37 +1,21 @@
-"""`kmeans`: one pick from each of `budget` clusters (Pourahmadi et al. 2021), with exact distributed Lloyd steps.
-
-Nearest centres are canonical and cluster sums are integers (fixed point), so centres are the same bits whatever
-the shards. Only rows that change cluster move sums: later steps cost the matrix product and little else.
-"""
+"""`kmeans`: one pick from each of `budget` clusters (Pourahmadi et al. 2021)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from engine.blocks import (
-    Block,
-    Floats,
-    Ints,
-    Ranked,
-    fixed_point_scale,
-    fixed_point_sums,
-    merge_smallest,
-    nearest,
-    nearest_sqdist,
-    smallest,
-)
+from engine.arrays import Floats, Ints
+from engine.blocks import Block, fixed_point_scale
+from engine.nearest import nearest_sqdist
 from engine.schema import Opt
+from engine.select.lloyd import Matrix, farthest_rows, largest_entry, lloyd
 from engine.select.seeding import d2_seeds, random_rows
 from engine.shards import Request, Shards, Step
-
-Matrix = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -41,50 +25,6 @@ class Options:
     iterations: Annotated[int, Opt("Lloyd steps; stops early once no row moves.", min=0, max=100_000)] = 20
     restarts: Annotated[int, Opt("Independent runs; the one of least inertia is kept.", min=1, max=1000)] = 5
     seeding: Annotated[str, Opt("First centres: D^2 sampling, or random rows as faiss does.", choices=("d2", "random"))] = "d2"
-
-
-def _largest(block: Block) -> float:
-    return float(block.x.abs().max()) if block.x.numel() else 0.0
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What one Lloyd step changes: fixed-point sums (k, d) and counts (k,), int64, and the rows that moved."""
-
-    sums: npt.NDArray[np.int64]
-    counts: Ints
-    moved: int
-
-
-def _assign(block: Block, centres: Matrix, scale: float, fresh: bool) -> Delta:
-    """Give each row its nearest centre; return what the moves add to and take from each cluster."""
-    k = len(centres)
-    old = None if fresh else block.state["cluster"]
-    new = nearest(block.x, torch.tensor(centres), block.norms)
-    block.state["cluster"] = new
-    moved = np.arange(len(new)) if old is None else np.flatnonzero(new != old)
-    sums = fixed_point_sums(block.x, moved, new[moved], k, scale)
-    counts = np.bincount(new[moved], minlength=k)
-    if old is not None and len(moved):
-        sums -= fixed_point_sums(block.x, moved, old[moved], k, scale)
-        counts = counts - np.bincount(old[moved], minlength=k)
-    return Delta(sums, counts, len(moved))
-
-
-def _add(a: Delta, b: Delta) -> Delta:
-    return Delta(a.sums + b.sums, a.counts + b.counts, a.moved + b.moved)
-
-
-def _farthest(block: Block, centres: Matrix, taken: Ints, m: int) -> Ranked:
-    """Return the m eligible rows farthest from their nearest centre (negated squared distance), `taken` left out."""
-    ok = block.eligible & ~np.isin(block.rows, taken)
-    _, sqdist = nearest_sqdist(block.x, torch.tensor(centres), block.norms)
-    return smallest(-sqdist[ok], block.rows[ok], m)
-
-
-def _farthest_rows(shards: Shards, centres: Matrix, taken: Ints, m: int) -> Ranked:
-    ranked: Ranked = shards.map(_farthest, centres, taken, m, combine=partial(merge_smallest, m))
-    return ranked
 
 
 @dataclass(frozen=True)
@@ -120,30 +60,6 @@ def _closer(a: Clusters, b: Clusters) -> Clusters:
     return Clusters(a.inertia + b.inertia, a.size + b.size, sqdist, row)
 
 
-def lloyd(shards: Shards, centres: Matrix, iterations: int, largest: float) -> Iterator[tuple[int, int, Matrix]]:
-    """Yield (step, rows moved, centres after it), from 1, for each Lloyd step; ends once a step moves nothing.
-
-    `largest` is max |x| over the pool. An empty cluster starts again at the eligible row farthest from its own
-    centre.
-    """
-    scale = fixed_point_scale(shards.n, largest)
-    sums, counts = np.zeros(centres.shape, dtype=np.int64), np.zeros(len(centres), dtype=np.int64)
-    for step in range(1, iterations + 1):
-        delta: Delta = shards.map(_assign, centres, scale, step == 1, combine=_add)
-        if delta.moved == 0:
-            return
-        sums, counts = sums + delta.sums, counts + delta.counts
-        full, empty = counts > 0, np.flatnonzero(counts == 0)
-        after = centres.copy()
-        after[full] = (sums[full] / scale / counts[full, None]).astype(np.float32)
-        if len(empty):
-            negated, rows = _farthest_rows(shards, centres, np.empty(0, dtype=np.int64), len(empty))
-            rows = rows[negated < 0]
-            after[empty[: len(rows)]] = shards.take(rows).numpy()
-        centres = after
-        yield step, delta.moved, centres
-
-
 def _picks(shards: Shards, clusters: Clusters, centres: Matrix) -> Step:
     """Return exactly one pick a cluster, largest cluster first.
 
@@ -154,11 +70,21 @@ def _picks(shards: Shards, clusters: Clusters, centres: Matrix) -> Step:
     picks, sqdist, size = clusters.row[order], clusters.sqdist[order], clusters.size[order]
     lacking = len(centres) - len(picks)
     if lacking:
-        negated, rows = _farthest_rows(shards, centres, picks, lacking)
+        negated, rows = farthest_rows(shards, centres, picks, lacking)
         picks, sqdist = np.concatenate([picks, rows]), np.concatenate([sqdist, -negated])
         size = np.concatenate([size, np.zeros(len(rows), dtype=np.int64)])
     columns = {"cluster_size": size, "centre_distance": np.sqrt(sqdist)}
     return Step(0, 0, picks, size.astype(np.float64), columns=columns)
+
+
+def _no_centres(shards: Shards) -> Matrix:
+    return np.empty((0, shards.d), dtype=np.float32)
+
+
+def _seeds(shards: Shards, request: Request, options: Options, restart: int) -> Ints:
+    if options.seeding == "d2":
+        return d2_seeds(shards, request.budget, request.seed, (restart,))[0]
+    return random_rows(shards, request.seed, (restart,), request.budget, np.empty(0, dtype=np.int64))
 
 
 def kmeans(shards: Shards, request: Request, options: Options) -> Iterator[Step]:
@@ -174,20 +100,25 @@ def kmeans(shards: Shards, request: Request, options: Options) -> Iterator[Step]
     if k == 0:
         yield Step(0, 0, nothing, np.empty(0))
         return
-    largest = max(shards.map(_largest))
+    largest = max(shards.map(largest_entry))
     scale = fixed_point_scale(shards.n, 4 * shards.d * largest * largest)
     total = options.restarts * options.iterations + 1
     best: tuple[Clusters, Matrix] | None = None
-    for restart in range(options.restarts):
-        if options.seeding == "d2":
-            seeds, _ = d2_seeds(shards, k, request.seed, (restart,))
-        else:
-            seeds = random_rows(shards, request.seed, (restart,), k, nothing)
-        centres: Matrix = shards.take(seeds).numpy()
-        for step, moved, after in lloyd(shards, centres, options.iterations, largest):
+    first, done, centres = 0, 0, _no_centres(shards)
+    if request.resume is not None:
+        first, done = divmod(request.resume.number - 1, max(1, options.iterations))
+        done, centres = done + 1, request.resume.arrays["centres"]
+        if first:
+            kept: Matrix = request.resume.arrays["best"]
+            best = shards.map(_summarise, kept, scale, combine=_closer), kept
+    for restart in range(first, options.restarts):
+        if restart > first or not len(centres):
+            centres, done = shards.take(_seeds(shards, request, options, restart)).numpy(), 0
+        for step, moved, after in lloyd(shards, centres, options.iterations - done, largest):
             centres = after
             note = f"restart {restart + 1} of {options.restarts}, {moved:,} rows moved"
-            yield Step(restart * options.iterations + step, total, nothing, np.empty(0), note)
+            arrays = {"centres": centres, "best": best[1] if best else _no_centres(shards)}
+            yield Step(restart * options.iterations + done + step, total, nothing, np.empty(0), note, arrays=arrays)
         clusters: Clusters = shards.map(_summarise, centres, scale, combine=_closer)
         if best is None or clusters.inertia < best[0].inertia:
             best = clusters, centres

@@ -12,19 +12,11 @@ from functools import partial
 import numpy as np
 import torch
 
-from engine.blocks import (
-    Block,
-    Floats,
-    Ints,
-    Ranked,
-    canonical_sqdist,
-    merge_smallest,
-    nearest_sqdist,
-    pairwise_sqdist,
-    random_keys,
-    random_uniform,
-    smallest,
-)
+from engine.arrays import Floats, Ints
+from engine.blocks import Block, Ranked, merge_smallest, smallest
+from engine.canonical import canonical_sqdist, pairwise_sqdist
+from engine.draws import random_keys, random_uniform
+from engine.nearest import nearest_sqdist
 from engine.shards import Shards
 
 CANDIDATES = 1024

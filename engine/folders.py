@@ -1,0 +1,266 @@
+"""Places on any pyarrow filesystem, and folders that are published there.
+
+A folder is published by its `manifest.json`, written last; before that only the command named in its `run.json`
+may go on in it. Published folders are immutable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib import metadata
+from typing import Any
+from urllib.parse import quote
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from engine import __version__
+from engine.schema import InputError
+
+FORMAT = 1
+
+
+"""Version of the folder layout; a store of another version is refused by name."""
+
+
+def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Return (filesystem, path) for a local path or any URI that pyarrow knows (s3://, gs://, file://)."""
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"cannot open {uri!r}: {error}") from error
+    return filesystem, path
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder or file on some filesystem; `uri` is how the user named it."""
+
+    uri: str
+
+    @cached_property
+    def opened(self) -> tuple[pafs.FileSystem, str]:
+        """The filesystem, and the path on it."""
+        return open_filesystem(self.uri)
+
+    @property
+    def fs(self) -> pafs.FileSystem:
+        """The filesystem this place is on."""
+        return self.opened[0]
+
+    @property
+    def path(self) -> str:
+        """The path on that filesystem."""
+        return self.opened[1]
+
+    @property
+    def absolute(self) -> str:
+        """The name under which a worker with another working directory finds this place."""
+        return self.path if isinstance(self.fs, pafs.LocalFileSystem) else self.uri
+
+    def at(self, *names: str) -> Place:
+        """Return the place below this one; names are names of files, whatever characters they hold."""
+        is_uri = "://" in self.uri
+        return Place("/".join([self.uri.rstrip("/"), *(quote(name) if is_uri else name for name in names)]))
+
+    def kind(self) -> pafs.FileType:
+        """Return whether this is a file, a folder or nothing."""
+        return self.fs.get_file_info(self.path).type
+
+    def exists(self) -> bool:
+        """Return whether there is a file or folder here."""
+        return bool(self.kind() != pafs.FileType.NotFound)
+
+    def names(self) -> list[str]:
+        """Return the names directly inside this folder, sorted; empty where there is no folder."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True)
+        if self.kind() == pafs.FileType.File:
+            return []
+        if isinstance(self.fs, pafs.LocalFileSystem):
+            return sorted(os.listdir(self.path)) if os.path.isdir(self.path) else []
+        return sorted(info.base_name for info in self.fs.get_file_info(selector))
+
+    def read(self) -> bytes:
+        """Return the whole file."""
+        with self.fs.open_input_stream(self.path) as stream:
+            return bytes(stream.read())
+
+    def write(self, data: bytes | pa.Buffer) -> None:
+        """Write a whole file so that it appears complete or not at all.
+
+        On a local disk a temporary name is renamed; an object store publishes a single put when it is closed.
+        """
+        if not isinstance(self.fs, pafs.LocalFileSystem):
+            with self.fs.open_output_stream(self.path) as stream:
+                stream.write(data)
+            return
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        temporary = f"{self.path}.tmp-{uuid.uuid4().hex[:8]}"
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+            os.replace(temporary, self.path)
+        finally:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+
+    def remove(self) -> None:
+        """Delete this folder and everything in it."""
+        self.fs.delete_dir(self.path)
+
+
+def to_json(value: Any) -> bytes:
+    """Return canonical JSON: sorted keys, tuples as lists, two-space indent, a final newline."""
+    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def digest_of(value: Any) -> str:
+    """Return the sha256 of a JSON-ready value or of bytes, as hex."""
+    data = value if isinstance(value, bytes) else to_json(value)
+    return hashlib.sha256(data).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a manifest records."""
+    found = {"coresift": __version__}
+    for name in ("numpy", "pyarrow", "ray", "torch", "timm"):
+        found[name] = metadata.version(name)
+    return found
+
+
+def now() -> str:
+    """Return the time in UTC, ISO 8601, to the microsecond."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def _read_ours(file: Place) -> dict[str, Any] | None:
+    """Return a run.json or manifest.json as coresift writes them, or None where there is none or it is another's.
+
+    Raises InputError for one of another format.
+    """
+    if file.kind() != pafs.FileType.File:
+        return None
+    try:
+        value = json.loads(file.read())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    if not isinstance(value, dict) or "kind" not in value:
+        return None
+    if isinstance(value.get("format", FORMAT), int) and value.get("format", FORMAT) != FORMAT:
+        raise InputError(f"{file.uri} has format {value['format']}; this version reads format {FORMAT}")
+    return value if {"inputs", "options"} <= value.keys() else None
+
+
+def read_manifest(place: Place) -> dict[str, Any] | None:
+    """Return the manifest of a published folder, or None where there is none."""
+    return _read_ours(place.at("manifest.json"))
+
+
+def read_run(place: Place) -> dict[str, Any] | None:
+    """Return whose an unfinished folder is: the identity in its run.json, or None where there is none."""
+    return _read_ours(place.at("run.json"))
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[str]:
+    """Yield 'name: old -> new' for every leaf in which two identities differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}, key=lambda key: (key != "kind", key)):
+            yield from _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+    elif old != new:
+        yield f"{prefix} {json.dumps(old)} -> {json.dumps(new)}"
+
+
+def _refuse(place: Place, old: dict[str, Any], new: dict[str, Any], state: str) -> InputError:
+    changed = list(_differences(old, new))
+    shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
+    return InputError(f"{place.uri} {state} with other inputs ({shown}): choose another --out, or pass --overwrite")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A folder that one run wants: its identity, and the places that the run reads."""
+
+    place: Place
+    identity: dict[str, Any]
+    overwrite: bool
+
+    @classmethod
+    def of(
+        cls,
+        place: Place,
+        kind: str,
+        inputs: dict[str, Any],
+        options: dict[str, Any],
+        overwrite: bool,
+        reads: Iterable[str] = (),
+    ) -> Claim:
+        """Return a claim on `place`; raises InputError where that is, or holds, something that the run `reads`."""
+        here = place.absolute.rstrip("/") + "/"
+        for uri in reads:
+            if (Place(uri).absolute.rstrip("/") + "/").startswith(here):
+                raise InputError(f"--out {place.uri} is or holds what this command reads, {uri}: choose another --out")
+        return cls(place, json.loads(to_json({"kind": kind, "inputs": inputs, "options": options})), overwrite)
+
+    def published(self) -> dict[str, Any] | None:
+        """Return the manifest when exactly this run is published there already; change nothing.
+
+        Raises InputError when the folder holds anything else that may not be overwritten.
+        """
+        place = self.place
+        if place.kind() == pafs.FileType.File:
+            raise InputError(f"{place.uri} is a file: choose another --out")
+        manifest, begun, names = read_manifest(place), read_run(place), place.names()
+        if names and manifest is None and begun is None:
+            raise InputError(f"{place.uri} holds files that are not coresift's ({names[0]!r}): choose an empty or new --out")
+        if self.overwrite:
+            return None
+        if manifest is not None:
+            found = {key: manifest.get(key) for key in self.identity}
+            if found != self.identity:
+                raise _refuse(place, found, self.identity, "is published")
+            return manifest
+        if begun is not None and begun != self.identity:
+            raise _refuse(place, begun, self.identity, "was begun")
+        return None
+
+    def take(self) -> None:
+        """Begin the run: write run.json, emptying the folder first if it is to be overwritten. Call `published` before."""
+        if self.overwrite and self.place.names():
+            self.place.remove()
+        if read_run(self.place) is not None:
+            return
+        if isinstance(self.place.fs, pafs.LocalFileSystem):
+            try:
+                os.makedirs(self.place.path, exist_ok=True)
+            except (NotADirectoryError, FileExistsError) as error:
+                raise InputError(f"{self.place.uri} lies below a file: choose another --out") from error
+        self.place.at("run.json").write(to_json(self.identity))
+
+
+def begin(
+    place: Place, kind: str, inputs: dict[str, Any], options: dict[str, Any], overwrite: bool, reads: Iterable[str] = ()
+) -> dict[str, Any] | None:
+    """Claim a folder and begin, in one: for runs that have nothing to check between."""
+    claim = Claim.of(place, kind, inputs, options, overwrite, reads)
+    published = claim.published()
+    if published is None:
+        claim.take()
+    return published
+
+
+def publish(place: Place, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write the manifest of a folder that was begun: its identity, `facts`, versions and the time. Returns it."""
+    identity = json.loads(place.at("run.json").read())
+    manifest = {"format": FORMAT, **identity, **facts, "versions": versions(), "published": now()}
+    place.at("manifest.json").write(to_json(manifest))
+    result: dict[str, Any] = json.loads(to_json(manifest))
+    return result

@@ -1,0 +1,112 @@
+"""CIFAR-10 and CIFAR-100 as their authors ship them: binary batches and Python pickles."""
+
+from __future__ import annotations
+
+import functools
+import io
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.fs as pafs
+from PIL import Image
+
+from engine.folders import Place, digest_of
+from engine.schema import InputError
+from engine.sources.pool import Columns, Pool, Sample, stamp
+
+CIFAR_SIDE_PX = 32
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles CIFAR's Python batches: dicts, lists, bytes and numpy arrays, and refuses everything else."""
+
+    ALLOWED = frozenset(
+        {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+        | {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise InputError(f"a CIFAR batch may not contain {module}.{name}")
+        return super().find_class(module, name)
+
+
+CIFAR_TRAIN = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "train")
+
+
+def files_of(place: Place) -> list[str]:
+    """Return the names of the batches a CIFAR pool consists of: those of a folder's training set, or the one file ('')."""
+    if place.kind() == pafs.FileType.File:
+        return [""] if _is_cifar_name(place.path.rsplit("/", 1)[-1]) else []
+    names = [name for name in place.names() if name.removesuffix(".bin") in CIFAR_TRAIN]
+    return [name for name in names if place.at(name).kind() == pafs.FileType.File]
+
+
+def _is_cifar_name(name: str) -> bool:
+    return name.removesuffix(".bin") in (*CIFAR_TRAIN, "test_batch", "test")
+
+
+@functools.lru_cache(maxsize=1)
+def _cifar_batch(uri: str, stamped: tuple[int, int]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Return (images (n, 32, 32, 3) uint8, labels (n,)) of one batch; CIFAR-100's labels are the fine ones."""
+    file = Place(uri)
+    data = file.read()
+    if uri.endswith(".bin"):
+        label_bytes = 2 if uri.rsplit("/", 1)[-1] in ("train.bin", "test.bin") else 1
+        width = label_bytes + 3 * CIFAR_SIDE_PX**2
+        if not data or len(data) % width:
+            raise InputError(f"{uri} has {len(data)} bytes, not a multiple of {width}: not a CIFAR binary batch")
+        records = np.frombuffer(data, dtype=np.uint8).reshape(-1, width)
+        pixels, labels = records[:, label_bytes:], records[:, label_bytes - 1]
+    else:
+        try:
+            batch = _ArraysOnly(io.BytesIO(data), encoding="bytes").load()
+            pixels = np.asarray(batch[b"data"], dtype=np.uint8)
+            labels = np.asarray(batch[b"labels"] if b"labels" in batch else batch[b"fine_labels"])
+        except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{uri} is not a CIFAR Python batch: {error}") from error
+    if pixels.ndim != 2 or pixels.shape != (len(labels), 3 * CIFAR_SIDE_PX**2):
+        raise InputError(f"{uri} holds pixels of shape {pixels.shape} and {len(labels)} labels: not a CIFAR batch")
+    images = pixels.reshape(-1, 3, CIFAR_SIDE_PX, CIFAR_SIDE_PX).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), labels.astype(np.int64)
+
+
+def _cifar_names(place: Place) -> tuple[str, ...] | None:
+    folder = place if place.kind() == pafs.FileType.Directory else Place(place.path.rsplit("/", 1)[0])
+    for name in ("batches.meta.txt", "fine_label_names.txt"):
+        if folder.at(name).exists():
+            return tuple(line.strip() for line in folder.at(name).read().decode().splitlines() if line.strip())
+    return None
+
+
+def list_pool(place: Place, columns: Columns) -> Pool:
+    """List the batches of a CIFAR pool."""
+    files = files_of(place)
+    counts, facts = [], []
+    for name in files:
+        file = place.at(name) if name else place
+        counts.append(len(_cifar_batch(file.uri, stamp(file))[1]))
+        info = file.fs.get_file_info(file.path)
+        facts.append([name, info.size, info.mtime_ns])
+    starts = np.concatenate([[0], np.cumsum(counts)])[:-1].astype(np.int64)
+    listing = pa.table({"file": pa.array(files, pa.string()), "start": starts, "count": pa.array(counts, pa.int64())})
+    return Pool(place.uri, "cifar", int(sum(counts)), digest_of(facts), _cifar_names(place), listing, {})
+
+
+def read(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
+    """Yield the samples of pool rows [start, stop)."""
+    place = Place(pool.uri)
+    for entry in pool.listing.to_pylist():
+        low, high = max(start, entry["start"]), min(stop, entry["start"] + entry["count"])
+        if low >= high:
+            continue
+        file = place.at(entry["file"]) if entry["file"] else place
+        images, labels = _cifar_batch(file.uri, stamp(file))
+        name = file.path.rsplit("/", 1)[-1]
+        for row in range(low, high):
+            at = row - entry["start"]
+            yield Sample(row, f"{name}/{at}", f"{file.uri}#{at}", int(labels[at]), Image.fromarray(images[at]))

@@ -1,0 +1,157 @@
+"""The house's walls: who may import whom, how long a module may be, and what --help must not load."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+WALL = 400
+
+FLOORS = [
+    {"engine"},
+    {"engine.schema", "engine.arrays"},
+    {"engine.verbs", "engine.decode", "engine.canonical", "engine.draws"},
+    {"engine.nearest", "engine.blocks", "engine.folders", "engine.session"},
+    {"engine.store"},
+    {"engine.shards", "engine.sources", "engine.weights", "engine.patterns"},
+    {"engine.encoders"},
+    {"engine.runner"},
+    {"engine.embed", "engine.ingest", "engine.select"},
+    {"engine.evaluate", "engine.dedup"},
+    {"engine.compare", "engine.info"},
+    {"engine.demo"},
+    {"jobs"},
+    {"cli"},
+]
+"""From the ground up: a module imports only from floors below its own."""
+
+IN_SELECT = {
+    "engine.arrays",
+    "engine.blocks",
+    "engine.canonical",
+    "engine.draws",
+    "engine.nearest",
+    "engine.schema",
+    "engine.shards",
+}
+"""What a method may see, beside other methods."""
+
+ONLY_THERE = {
+    "ray": {"engine.session", "engine.shards", "engine.embed"},
+    "timm": {"engine.encoders"},
+    "typer": {"cli.main", "cli.options"},
+    "rich": {"cli.output"},
+}
+"""Libraries that a few rooms know and no others."""
+
+LIGHT = {"engine", "engine.schema", "engine.verbs", "cli", "cli.main", "cli.options", "cli.output", "cli.__main__"}
+"""What `coresift --help` loads."""
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in ("engine", "cli", "jobs"):
+        for path in (ROOT / package).rglob("*.py"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path, top_level: bool = False) -> set[str]:
+    """Return the modules a file imports; our own as modules, not as the names taken from them."""
+    tree = ast.parse(path.read_text())
+    known = modules()
+    names: set[str] = set()
+    for node in tree.body if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = {f"{node.module}.{alias.name}" for alias in node.names} & known.keys()
+            names |= inside or {node.module}
+    return names
+
+
+def room(module: str) -> str:
+    """Return the name under which a module stands in FLOORS: a package is one room."""
+    for package in ("engine.select", "engine.sources", "cli", "jobs"):
+        if module == package or module.startswith(package + "."):
+            return package
+    return module
+
+
+def floor(module: str) -> int:
+    return next(i for i, rooms in enumerate(FLOORS) if room(module) in rooms)
+
+
+def test_every_module_has_its_place() -> None:
+    places = set().union(*FLOORS)
+    assert {room(name) for name in modules()} == places
+
+
+def test_imports_only_go_down() -> None:
+    wrong = [
+        f"{name} -> {other}"
+        for name, path in modules().items()
+        for other in imports(path)
+        if other in modules() and room(other) != room(name) and floor(other) >= floor(name)
+    ]
+    assert not wrong
+
+
+def test_a_method_sees_arrays_only() -> None:
+    for name, path in modules().items():
+        if name.startswith("engine.select."):
+            ours = {other for other in imports(path) if other in modules()}
+            assert {o for o in ours if not o.startswith("engine.select.")} <= IN_SELECT, name
+            assert "engine.select" not in ours, f"{name} imports the table that names it"
+
+
+def test_no_cycles_among_methods() -> None:
+    known = {name: {o for o in imports(path) if o.startswith("engine.select.")} for name, path in modules().items()}
+    state: dict[str, int] = {}
+
+    def visit(name: str) -> None:
+        assert state.get(name) != 1, f"a cycle through {name}"
+        if name not in state:
+            state[name] = 1
+            for other in known.get(name, ()):
+                visit(other)
+            state[name] = 2
+
+    for name in known:
+        visit(name)
+
+
+def test_libraries_stay_in_their_rooms() -> None:
+    for library, rooms in ONLY_THERE.items():
+        users = {name for name, path in modules().items() if any(i.split(".")[0] == library for i in imports(path))}
+        assert users <= rooms, library
+
+
+def test_help_loads_nothing_heavy() -> None:
+    allowed = {"__future__", "cli", "engine", "typer", "rich"}
+    import sys
+
+    for name in LIGHT:
+        for other in imports(modules()[name], top_level=True):
+            assert other.split(".")[0] in allowed | set(sys.stdlib_module_names), f"{name} imports {other}"
+
+
+def test_modules_stay_below_the_wall() -> None:
+    long = {name: lines for name, path in modules().items() if (lines := len(path.read_text().splitlines())) > WALL}
+    assert not long
+
+
+def test_functions_stay_short() -> None:
+    long = []
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 60:
+                long.append(f"{name}.{node.name}: {(node.end_lineno or 0) - node.lineno + 1}")
+    assert not long
+
+
+def test_nothing_reaches_outside_the_checkout() -> None:
+    for name, path in modules().items():
+        assert "shared/" not in path.read_text(), f"{name} reads test data"

@@ -1,0 +1,132 @@
+"""The same picks, byte for byte, however the pool is cut and wherever it lives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_contract import QUICK
+
+from engine.runner import run_method
+from engine.schema import build_options
+from engine.select import STRATEGIES, select, strategy_options
+from engine.shards import LocalShards, RayShards, Reading, Request, Step, from_array, open_local
+from engine.store import FeatureStore
+from engine.verbs import SelectOptions
+
+READING = Reading(True, ("label",))
+LABELED = np.arange(5, 900, 100, dtype=np.int64)
+BUDGET = 40
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    """26 blocks of 64 rows: enough for 7 shards that differ in size."""
+    from engine import ingest, store
+    from engine.verbs import ImportOptions
+
+    rng = np.random.default_rng(0)
+    x = (
+        rng.standard_normal((1650, 24)).astype(np.float32)
+        + 4 * rng.standard_normal((30, 24)).astype(np.float32)[rng.integers(0, 30, 1650)]
+    )
+    folder = tmp_path_factory.mktemp("store")
+    np.savez(folder / "x.npz", features=x, labels=rng.integers(0, 6, 1650))
+    patch = pytest.MonkeyPatch()
+    patch.setattr(ingest, "BLOCK_ROWS", 64)
+    patch.setattr(store, "BLOCK_ROWS", 64)
+    ingest.import_features(ImportOptions(file=str(folder / "x.npz"), out=str(folder / "features")))
+    patch.undo()
+    opened = FeatureStore(str(folder / "features"))
+    assert opened.num_blocks == 26
+    return opened
+
+
+def run(name: str, shards: object) -> Step:
+    _, method, options = strategy_options(name, QUICK.get(name, {}))
+    return run_method(method, shards, Request(BUDGET, 0, LABELED), options)
+
+
+def same(a: Step, b: Step) -> bool:
+    """Whether two results agree to the last bit, gains and columns too."""
+    columns = a.columns.keys() == b.columns.keys() and all(np.array_equal(a.columns[k], b.columns[k]) for k in a.columns)
+    return (
+        columns
+        and a.picks.tobytes() == b.picks.tobytes()
+        and a.gains.tobytes() == b.gains.tobytes()
+        and a.objective == b.objective
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(store: FeatureStore) -> dict[str, Step]:
+    return {name: run(name, open_local(store, READING)) for name in STRATEGIES}
+
+
+@pytest.mark.parametrize("workers", [1, 3, 7])
+def test_ray_shards_give_the_same_picks(
+    ray_session: None, store: FeatureStore, expected: dict[str, Step], workers: int
+) -> None:
+    shards = RayShards(store, workers, 2, READING)
+    try:
+        for name in STRATEGIES:
+            assert same(run(name, shards), expected[name]), name
+    finally:
+        shards.close()
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_one_thread_or_two(store: FeatureStore, expected: dict[str, Step], name: str) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert same(run(name, open_local(store, READING)), expected[name])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_order_of_combining_does_not_matter(store: FeatureStore, expected: dict[str, Step], name: str) -> None:
+    """Fold the blocks from the right instead of from the left: associativity, exactly."""
+    local = open_local(store, READING)
+
+    class Backwards(LocalShards):
+        def map(self, fn, *args, combine=None, at=None):  # type: ignore[no-untyped-def]
+            results = LocalShards.map(self, fn, *args, at=at)
+            if combine is None:
+                return results
+            folded = results[-1]
+            for result in results[-2::-1]:
+                folded = combine(result, folded)
+            return folded
+
+    assert same(run(name, Backwards(local.blocks, local.d)), expected[name])
+
+
+def test_published_bytes_are_the_same(ray_session: None, store: FeatureStore, tmp_path: Path) -> None:
+    found = set()
+    for index, workers in enumerate([0, 0, 1, 3]):
+        out = tmp_path / str(index)
+        given = {"features": store.place.uri, "out": str(out), "strategy": "kmeans", "budget": "20", "workers": workers}
+        select(build_options(SelectOptions, given, "select"))
+        found.add(tuple((out / name).read_bytes() for name in ("picks.parquet", "ids.txt", "indices.json")))
+    assert len(found) == 1
+
+
+def test_blocks_are_the_unit_of_rounding_not_shards() -> None:
+    """Sums over blocks of another size may round alike or not; over the same blocks they must be the same bits."""
+    x = np.random.default_rng(1).standard_normal((500, 16)).astype(np.float32)
+    a, b = from_array(x, block_rows=64), from_array(x, block_rows=64)
+    b.blocks.reverse()
+    for name in ("kmeans", "coreset"):
+        assert same(run_unlabeled(name, a), run_unlabeled(name, b))
+
+
+def run_unlabeled(name: str, shards: LocalShards) -> Step:
+    _, method, options = strategy_options(name, QUICK.get(name, {}))
+    nothing = np.empty(0, dtype=np.int64)
+    shards.blocks.sort(key=lambda block: block.index)
+    return run_method(method, shards, Request(25, 3, nothing), options)

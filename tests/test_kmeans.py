@@ -1,0 +1,169 @@
+"""`kmeans` and its seeding against brute force and against the exact distribution."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import oracles
+import pytest
+from test_contract import clustered, shards_of
+
+from engine.select import lloyd as lloyd_module
+from engine.select import seeding
+from engine.select.kmeans import Options, kmeans
+from engine.select.lloyd import lloyd
+from engine.select.seeding import d2_seeds
+from engine.shards import Request, from_array, prepare
+
+NOTHING = np.empty(0, dtype=np.int64)
+
+
+def last_step(x: np.ndarray, request: Request, **options: object):
+    shards = shards_of(x)
+    prepare(shards, request.labeled)
+    return list(kmeans(shards, request, Options(**options)))[-1]
+
+
+def test_worked_by_hand() -> None:
+    """Two groups on a line: means 1 and 11, so rows 1 and 4 (value 11) are nearest; the larger group comes first."""
+    x = np.array([[0], [1], [2], [10], [11], [12], [11.5]], dtype=np.float32)
+    step = last_step(x, Request(2, 0, NOTHING))
+    assert step.picks.tolist() == [4, 1]
+    assert step.gains.tolist() == [4.0, 3.0]
+    assert step.objective == pytest.approx(2 + ((x[3:] - x[3:].mean()) ** 2).sum(), rel=1e-9)
+
+
+def test_lloyd_steps_equal_brute_force() -> None:
+    x = np.random.default_rng(0).random((400, 6)).astype(np.float32)
+    start = x[:11]
+    shards = from_array(x, block_rows=64)
+    *_, (steps, _, centres) = lloyd(shards, start, 7, float(np.abs(x).max()))
+    assert steps == 7
+    expected, _ = oracles.lloyd(x, start, 7)
+    np.testing.assert_allclose(centres, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("pool", ["clusters", "noise", "whole numbers", "duplicates", "far from the origin"])
+def test_bounds_change_no_bit(monkeypatch: pytest.MonkeyPatch, pool: str) -> None:
+    """Every centre after every step, with bounds and without: the same bits."""
+    rng = np.random.default_rng(7)
+    x = {
+        "clusters": clustered(600, 9),
+        "noise": rng.random((600, 5)).astype(np.float32),
+        "whole numbers": rng.integers(0, 4, (600, 3)).astype(np.float32),
+        "duplicates": np.repeat(clustered(60, 4), 10, axis=0),
+        "far from the origin": 1000 + rng.random((600, 4)).astype(np.float32),
+    }[pool]
+    start = x[rng.choice(600, 40, replace=False)]
+    found = []
+    for bounded_from in (2, 10**9):
+        monkeypatch.setattr(lloyd_module, "BOUNDED_FROM", bounded_from)
+        steps = lloyd(from_array(x, block_rows=128), start, 25, float(np.abs(x).max()))
+        found.append([(moved, centres.tobytes()) for _, moved, centres in steps])
+    assert len(found[0]) > 3
+    assert found[0] == found[1]
+
+
+def test_bounds_spare_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once centres settle, few rows are compared with all of them."""
+    monkeypatch.setattr(lloyd_module, "BOUNDED_FROM", 2)
+    compared: list[int] = []
+    full = lloyd_module.nearest_and_bound
+
+    def counting(x, centres, norms):  # type: ignore[no-untyped-def]
+        compared.append(len(x))
+        return full(x, centres, norms)
+
+    monkeypatch.setattr(lloyd_module, "nearest_and_bound", counting)
+    x = clustered(2000, 16)
+    steps = list(lloyd(from_array(x), x[:200], 40, float(np.abs(x).max())))
+    assert compared[0] == 2000
+    assert sum(compared) < 0.5 * 2000 * len(steps)
+
+
+def test_stops_once_nothing_moves() -> None:
+    x = np.array([[0], [1], [10], [11]], dtype=np.float32)
+    steps = list(lloyd(from_array(x), x[[0, 2]], 50, 11.0))
+    assert [step for step, _, _ in steps] == [1]
+    assert steps[-1][2].tolist() == [[0.5], [10.5]]
+
+
+def test_an_empty_cluster_starts_again_at_the_farthest_eligible_row() -> None:
+    """Two equal first centres: the second is empty after one step and takes the row farthest from its centre."""
+    x = np.array([[0], [1], [2], [9], [30]], dtype=np.float32)
+    shards = from_array(x)
+    shards.blocks[0].eligible = np.array([True, True, True, True, False])
+    (_, _, centres), *_ = lloyd(shards, np.array([[0], [0]], dtype=np.float32), 1, 30.0)
+    assert centres.tolist() == [[np.float32(8.4)], [9.0]]
+
+
+def test_a_cluster_without_eligible_rows_gives_its_turn_to_the_farthest() -> None:
+    x = np.array([[0], [1], [5], [100], [101]], dtype=np.float32)
+    step = last_step(x, Request(2, 0, np.array([3, 4])))
+    assert step.picks.tolist() == [1, 2]
+    assert step.gains.tolist() == [3.0, 0.0]
+
+
+def test_the_best_of_the_restarts_is_kept() -> None:
+    x = clustered(300, seed=3)
+    single = [last_step(x, Request(9, seed, NOTHING), restarts=1, iterations=3).objective for seed in range(4)]
+    assert len(set(single)) > 1
+    best = last_step(x, Request(9, 0, NOTHING), restarts=6, iterations=3).objective
+    assert best <= single[0]
+
+
+def test_more_steps_never_raise_the_inertia() -> None:
+    x = clustered(500, seed=4)
+    inertia = [last_step(x, Request(12, 0, NOTHING), restarts=1, iterations=steps).objective for steps in range(8)]
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in itertools.pairwise(inertia))
+    assert inertia[-1] < inertia[0]
+
+
+def test_inertia_is_the_sum_of_squared_distances() -> None:
+    x = clustered(200, seed=5)
+    shards = from_array(x, block_rows=64)
+    step = last_step(x, Request(5, 0, NOTHING), restarts=1, iterations=3)
+    seeds, _ = d2_seeds(shards, 5, 0, (0,))
+    _, expected = oracles.lloyd(x, x[seeds], 3)
+    assert step.objective == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 2, 50])
+def test_seeds_are_distinct_rows(k: int) -> None:
+    seeds, _ = d2_seeds(shards_of(clustered()), k, 0, (0,))
+    assert len(set(seeds.tolist())) == k
+
+
+@pytest.mark.parametrize("candidates", [1, 8])
+def test_d2_seeding_has_the_exact_distribution(monkeypatch: pytest.MonkeyPatch, candidates: int) -> None:
+    """Every ordered triple of five points over 5,000 seeds, against its exact probability."""
+    monkeypatch.setattr(seeding, "CANDIDATES", candidates)
+    x = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0], [5.0, 1.0], [4.0, 4.0]], dtype=np.float32)
+    shards = from_array(x, block_rows=2)
+    trials = 5_000
+    counts = Counter(tuple(d2_seeds(shards, 3, seed, (0,))[0].tolist()) for seed in range(trials))
+    chi_square = 0.0
+    for triple in itertools.permutations(range(5), 3):
+        expected = trials * oracles.d2_sequence_probability(x, triple)
+        chi_square += (counts[triple] - expected) ** 2 / expected
+    assert sum(counts.values()) == trials
+    assert chi_square < 98.3  # 59 degrees of freedom, p = 0.001; seeds are fixed, so it cannot flicker
+
+
+def test_d2_seeding_of_three_rows_with_more_candidates_than_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where draws without replacement would be wrong: the second seed given the first, exactly."""
+    monkeypatch.setattr(seeding, "CANDIDATES", 16)
+    x = np.array([[0.0], [1.0], [3.0]], dtype=np.float32)
+    shards = from_array(x)
+    trials = 6_000
+    pairs = Counter(tuple(d2_seeds(shards, 2, seed, (9,))[0].tolist()) for seed in range(trials))
+    for pair in itertools.permutations(range(3), 2):
+        expected = trials * oracles.d2_sequence_probability(x, pair)
+        assert abs(pairs[pair] - expected) < 4 * np.sqrt(expected)
+
+
+def test_seeding_takes_few_rounds() -> None:
+    _, rounds = d2_seeds(shards_of(clustered(2000, 16)), 500, 0, (0,))
+    assert rounds < 25
