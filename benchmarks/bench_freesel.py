@@ -1,6 +1,6 @@
 """Do the images that `freesel` picks cover a pool's patterns better than random ones?
 
-    python benchmarks/bench_freesel.py POOL [--weights FILE] [--backbone mobilenetv2_100] [--budgets 10,30] [--seeds 5]
+    python benchmarks/bench_freesel.py [POOL] [--weights FILE] [--backbone mobilenetv2_100] [--budgets 10,30] [--seeds 5]
 
 Embeds the pool with the `patterns` encoder, picks, and measures the cosine distance of every pattern of the pool to the
 nearest pattern of a picked image: its mean (and the standard deviation over the seeds) and its largest. Random picks are
@@ -13,8 +13,10 @@ import argparse
 import json
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
+from bench_embed import digits_pool
 from data import machine
 
 from engine.draws import random_subset
@@ -44,7 +46,7 @@ def picks_of(method: str, shards: LocalShards, images: np.ndarray, budget: int, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pool")
+    parser.add_argument("pool", nargs="?", help="default: scikit-learn's digits, with random weights at 64 px")
     parser.add_argument("--weights", default="hub")
     parser.add_argument("--backbone", default="mobilenetv2_100")
     parser.add_argument("--model-option", action="append", default=[])
@@ -56,11 +58,12 @@ def main() -> None:
     pixel = None if options.mean_std is None else (options.mean_std,)
     with tempfile.TemporaryDirectory() as folder:
         given = EmbedOptions(
-            pool=options.pool,
+            pool=options.pool or digits_pool(Path(folder)),
             out=f"{folder}/features",
             encoder="patterns",
             backbone=options.backbone,
-            weights=options.weights,
+            weights=options.weights if options.pool else "random",
+            image_size=None if options.pool else 64,
             model_option=tuple(options.model_option),
             mean=pixel,
             std=pixel,
