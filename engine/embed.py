@@ -126,7 +126,6 @@ class PartEncoder:
 
     def encode_part(self, start: int, stop: int) -> dict[str, Any]:
         """Read, decode, encode and write pool rows [start, stop); return the part's manifest entry."""
-        began = time.perf_counter()
         good: list[Prepared] = []
         rejected: list[dict[str, Any]] = []
         vectors: list[npt.NDArray[np.float32]] = [np.empty((0, self.encoder.dim), np.float32)]
@@ -148,7 +147,7 @@ class PartEncoder:
         metadata = {"start": str(start), "stop": str(stop), "rejected": json.dumps(rejected)}
         data = part_bytes(table.replace_schema_metadata(metadata))
         self.place.at("parts", part_name(start)).write(data)
-        return {**part_entry(start, stop, data, table, rejected), "seconds": time.perf_counter() - began}
+        return part_entry(start, stop, data, table, rejected)
 
     def _encode(self, batch: list[Prepared]) -> list[npt.NDArray[np.float32]]:
         """Return a list with the vectors of each image, or with those of the batch, one an image."""
@@ -348,7 +347,6 @@ def embed(options: EmbedOptions, progress: Progress = no_progress) -> dict[str, 
     rejected = _check_rejected(place, entries, options, pool.num_rows)
     for entry in entries:
         entry["num_rejected"] = len(entry.pop("rejected"))
-        entry.pop("seconds", None)
     return publish_features(
         place,
         entries,

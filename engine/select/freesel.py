@@ -21,6 +21,7 @@ from engine.canonical import canonical_norms, canonical_sqdist, normalize
 from engine.draws import random_keys, random_uniform
 from engine.nearest import nearest_sqdist
 from engine.schema import Opt
+from engine.select.seeding import places_drawn
 from engine.shards import Request, Shards, Step, take_patterns
 
 CANDIDATES = 1024
@@ -97,12 +98,7 @@ def _mass(block: Block) -> float:
 
 def _draw(block: Block, owner: Ints, targets: Floats) -> tuple[Ints, Ints, Floats]:
     """Return (slots, codes, squared distances) of the draws that fell in this block."""
-    slots = np.flatnonzero(owner == block.index)
-    if len(slots) == 0:
-        return slots, slots, np.empty(0)
-    cumulative = block.state["cumulative"]
-    at = np.searchsorted(cumulative, targets[slots], side="right")
-    at = np.minimum(at, np.searchsorted(cumulative, cumulative[-1], side="left"))
+    slots, at = places_drawn(block, owner, targets)
     return slots, _codes(block, at), block.state["sqdist"][at]
 
 

@@ -46,14 +46,19 @@ def _mass(block: Block, centres: Floats, fresh: bool) -> float:
     return float(block.state["cumulative"][-1])
 
 
-def _draw(block: Block, owner: Ints, targets: Floats) -> tuple[Ints, Ints, Floats]:
-    """Return (slots, rows, stale D^2) of the draws that fell in this block."""
+def places_drawn(block: Block, owner: Ints, targets: Floats) -> tuple[Ints, Ints]:
+    """Return (slots, places in the block) of the draws that fell in this block, by its cumulative mass."""
     slots = np.flatnonzero(owner == block.index)
     if len(slots) == 0:
-        return slots, slots, np.empty(0)
+        return slots, slots
     cumulative = block.state["cumulative"]
     at = np.searchsorted(cumulative, targets[slots], side="right")
-    at = np.minimum(at, np.searchsorted(cumulative, cumulative[-1], side="left"))
+    return slots, np.minimum(at, np.searchsorted(cumulative, cumulative[-1], side="left"))
+
+
+def _draw(block: Block, owner: Ints, targets: Floats) -> tuple[Ints, Ints, Floats]:
+    """Return (slots, rows, stale D^2) of the draws that fell in this block."""
+    slots, at = places_drawn(block, owner, targets)
     return slots, block.rows[at], block.state["d2"][at]
 
 
