@@ -103,10 +103,13 @@ def weighted_sums(x: torch.Tensor, weight: Floats, group: Ints, groups: int, sca
     return out.numpy()
 
 
-def fixed_point_sums(x: torch.Tensor, rows: Ints, group: Ints, groups: int, scale: float) -> npt.NDArray[np.int64]:
+def fixed_point_sums(
+    x: torch.Tensor, rows: Ints, group: Ints, groups: int, scale: float, minus: Ints | None = None
+) -> npt.NDArray[np.int64]:
     """Return the int64 sums of round(x[rows] * scale) over the rows of each group, (groups, d).
 
-    Integer addition is associative: the sums are exact whatever the order, the blocks or the shards.
+    With `minus`, another group for each row, its rows are taken from that one's sums. Integer addition is associative:
+    the sums are exact whatever the order, the blocks or the shards.
     """
     out = torch.zeros((groups, x.shape[1]), dtype=torch.int64)
     step = max(1, CHUNK_ELEMENTS // max(1, x.shape[1]))
@@ -114,4 +117,6 @@ def fixed_point_sums(x: torch.Tensor, rows: Ints, group: Ints, groups: int, scal
         part = slice(start, start + step)
         values = x[torch.from_numpy(rows[part])].double().mul_(scale).round_().to(torch.int64).cpu()
         out.index_add_(0, torch.from_numpy(group[part]), values)
+        if minus is not None:
+            out.index_add_(0, torch.from_numpy(minus[part]), values.neg_())
     return out.numpy()

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
 
 from engine.arrays import Floats, Ints
-
-UNIT_ROUNDOFF = 2.0**-24
-
 
 CHUNK_ELEMENTS = 1 << 18
 
@@ -83,15 +79,6 @@ def normalize(x: torch.Tensor, norms: Floats | None = None) -> torch.Tensor:
     lengths = (canonical_norms(x) if norms is None else norms).astype(np.float32)
     lengths[lengths == 0] = 1.0
     return x / torch.from_numpy(lengths).to(x.device)[:, None]
-
-
-def product_error(d: int, norm_a: Floats | float, norm_b: float) -> Any:
-    """Bound the error of 0.5|b|^2 - a.b when the product runs in float32 in any order of summation.
-
-    The textbook bound for a length-d dot product, gamma_d |a||b| (Higham, Accuracy and Stability, 3.1), with four
-    more roundings for the norm and the final difference, and a tenth on top.
-    """
-    return 1.1 * (d + 4) * UNIT_ROUNDOFF * (norm_a * norm_b + 0.5 * norm_b * norm_b) + 1e-37
 
 
 def pairwise_sqdist(a: torch.Tensor) -> tuple[Floats, float]:

@@ -13,9 +13,10 @@ import pyarrow as pa
 from engine.arrays import Ints
 from engine.evaluate import Labelled, check_metrics, measure, read_test
 from engine.folders import Claim, Place, begin, publish, read_manifest
+from engine.placement import open_shards
 from engine.runner import Method, run_method
 from engine.schema import InputError, Progress, no_progress, parse_budgets, parse_pairs, result_options
-from engine.select import Strategy, check_vectors, open_shards, prefix, strategy_options, write_selection
+from engine.select import Strategy, check_vectors, prefix, strategy_options, write_selection
 from engine.shards import Request, Shards, Step
 from engine.store import FeatureStore, table_bytes
 from engine.verbs import CompareOptions

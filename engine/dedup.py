@@ -20,12 +20,13 @@ import torch
 
 from engine.arrays import Bools, Floats, Ints
 from engine.blocks import Block
-from engine.canonical import canonical_dot, canonical_norms, product_error, single_thread
+from engine.canonical import canonical_dot, canonical_norms, single_thread
 from engine.folders import Claim, Place, digest_of, publish
 from engine.nearest import TILE_ELEMENTS
+from engine.placement import open_shards
+from engine.products import score_error, scores
 from engine.runner import ATTEMPTS
 from engine.schema import InputError, Progress, RunError, no_progress, result_options
-from engine.select import open_shards
 from engine.select.clusters import fit_centres, members, packs, settle
 from engine.select.lloyd import Matrix
 from engine.shards import LostShardError, Shards, prepare
@@ -85,8 +86,8 @@ def _norms(a: torch.Tensor, i: Ints) -> Floats:
 def similar(a: torch.Tensor, b: torch.Tensor, eps: float) -> Bools:
     """Return which pairs of normalised vectors have a cosine similarity above 1 - eps, (len(a), len(b))."""
     bar = 1 - eps
-    margin = product_error(a.shape[1], 1 + NORM_ERROR, 1 + NORM_ERROR) + 3 * NORM_ERROR
-    score = a @ b.T
+    margin = score_error(a.shape[1], 1 + NORM_ERROR, 1 + NORM_ERROR) + 3 * NORM_ERROR
+    score = scores(a.new_zeros(len(b)), a, b).neg_()
     found: Bools = (score > bar).cpu().numpy()
     i, j = ((score - bar).abs() <= margin).nonzero().cpu().numpy().T
     step = max(1, TILE_ELEMENTS // max(1, a.shape[1]))

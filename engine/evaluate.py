@@ -21,8 +21,9 @@ from engine.canonical import normalize
 from engine.draws import random_keys
 from engine.folders import Claim, Place, publish
 from engine.nearest import nearest, nearest_sqdist
+from engine.placement import open_shards
 from engine.schema import InputError, Progress, no_progress, result_options
-from engine.select import open_shards, read_selection
+from engine.select import read_selection
 from engine.shards import Shards
 from engine.store import FeatureStore
 from engine.verbs import CompareOptions, EvaluateOptions

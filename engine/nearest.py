@@ -6,18 +6,23 @@ Ties go to the smaller index (centres) or the smaller row (rows).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from engine.arrays import Floats, Ints
-from engine.canonical import canonical_dot, canonical_norms, canonical_sqdist, product_error
+from engine.canonical import canonical_dot, canonical_norms, canonical_sqdist
+from engine.products import score_error, scores
 
 TILE_ELEMENTS = 1 << 21
 
 
 """Entries of a tile of the rows x centres product: the only part of that matrix that ever exists."""
+
+
+SLACK = 1 + 1e-9
+"""Widens every bound by far more than float64 rounds."""
 
 
 Canonical = Callable[[torch.Tensor, Ints, torch.Tensor, Ints], Floats]
@@ -26,80 +31,105 @@ Canonical = Callable[[torch.Tensor, Ints, torch.Tensor, Ints], Floats]
 """What is minimised, for pairs of rows: canonical_sqdist, or its like."""
 
 
-def _settle(x: torch.Tensor, centres: torch.Tensor, row: Ints, centre: Ints, canonical: Canonical) -> tuple[Ints, Ints]:
-    """Return the rows among the candidate pairs (ascending by row, then centre), and the canonical best centre of each."""
-    value = canonical(x, row, centres, centre)
-    contested, starts = np.unique(row, return_index=True)
-    least = np.repeat(np.minimum.reduceat(value, starts), np.diff(np.append(starts, len(row))))
-    winners = np.flatnonzero(value == least)
-    _, first = np.unique(row[winners], return_index=True)
-    return contested, centre[winners[first]]
+def _settle(x: torch.Tensor, centres: Centres, row: Ints, column: Ints, canonical: Canonical) -> Ints:
+    """Return the canonical best column of each row among candidate pairs (ascending by row), a column for each row there.
 
-
-def _distinct(centres: torch.Tensor) -> Ints:
-    """Return the indices of the first occurrence of each distinct centre, ascending."""
-    seen: dict[bytes, int] = {}
-    for index, row in enumerate(centres.cpu().numpy()):
-        seen.setdefault(row.tobytes(), index)
-    return np.fromiter(seen.values(), dtype=np.int64, count=len(seen))
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What a search gives: the best centre of each row, and, if asked for, a lower bound on every other's score."""
-
-    index: Ints
-    others: Floats
-
-
-def _search(
-    x: torch.Tensor,
-    c: torch.Tensor,
-    offset: torch.Tensor,
-    margin: torch.Tensor,
-    canonical: Canonical,
-    want_others: bool = False,
-) -> _Found:
-    """Find for each row the index that minimises offset - x . c, settled by `canonical` within `margin` of the best.
-
-    One matrix product; no (r, k) matrix is kept, only tiles.
+    Equal ones go to the smaller column.
     """
-    out, others = np.empty(len(x), dtype=np.int64), np.full(len(x) if want_others else 0, np.inf)
-    step = min(len(x), max(64, TILE_ELEMENTS // len(c))) or 1
-    for start in range(0, len(x), step):
-        part = slice(start, start + step)
-        score = torch.addmm(offset, x[part], c.T, alpha=-1)
-        floor = score.amin(dim=1) + margin[part]
-        row, centre = (score <= floor[:, None]).nonzero().cpu().numpy().T
-        count = np.bincount(row, minlength=len(score))
-        found = centre[np.cumsum(count) - count]
-        if len(row) > len(score):
-            open_pairs = count[row] > 1
-            contested, settled = _settle(x[part], c, row[open_pairs], centre[open_pairs], canonical)
-            found[contested] = settled
-        out[part] = found
-        if want_others and len(c) > 1:
-            score.scatter_(1, torch.from_numpy(found).to(x.device)[:, None], torch.inf)
-            others[part] = (score.amin(dim=1).double() - margin[part].double()).cpu().numpy()
-    return _Found(out, others)
+    value = canonical(x, row, centres.c, column)
+    order = np.lexsort((column, value, row))
+    _, first = np.unique(row[order], return_index=True)
+    return column[order[first]]
 
 
 @dataclass(frozen=True)
-class _Centres:
-    """Distinct centres ready for a product: where each stands among all, half their squared norms, the largest norm."""
+class Centres:
+    """Distinct centres ready for products, as columns of a tile.
 
-    kept: Ints
+    `kept` (m,) says which of all k centres a column is, `column` (k,) each centre's column, of equal ones the first's;
+    `half` (m,) holds half the squared norms, `largest` is the largest norm.
+    """
+
     c: torch.Tensor
+    kept: Ints
+    column: Ints
     half: torch.Tensor
     largest: float
 
+    @classmethod
+    def of(cls, centres: torch.Tensor) -> Centres:
+        """Make centres (k, d) float32 ready."""
+        norms = canonical_norms(centres)
+        first = _first_of_equals(centres, norms)
+        kept, column = np.unique(first, return_inverse=True)
+        half = torch.from_numpy((0.5 * norms[kept] ** 2).astype(np.float32)).to(centres.device)
+        c = centres if len(kept) == len(centres) else centres[torch.from_numpy(kept)]
+        return cls(c, kept, column, half, float(norms.max(initial=0.0)))
 
-def _ready(centres: torch.Tensor, device: torch.device) -> _Centres:
-    kept = _distinct(centres)
-    c = (centres[torch.from_numpy(kept)] if len(kept) < len(centres) else centres).to(device)
-    norms = canonical_norms(c)
-    half = torch.from_numpy((0.5 * norms * norms).astype(np.float32)).to(device)
-    return _Centres(kept, c, half, float(norms.max(initial=0.0)))
+    def to(self, device: torch.device) -> Centres:
+        """Return the same on a device."""
+        return replace(self, c=self.c.to(device), half=self.half.to(device))
+
+
+def _first_of_equals(centres: torch.Tensor, norms: Floats) -> Ints:
+    """Return for each centre (k, d) the index of the first one equal to it; equal ones have equal norms (k,)."""
+    first = np.arange(len(norms), dtype=np.int64)
+    _, back, counts = np.unique(norms, return_inverse=True, return_counts=True)
+    seen: dict[bytes, int] = {}
+    for index in np.flatnonzero(counts[back] > 1).tolist():
+        first[index] = seen.setdefault(centres[index].cpu().numpy().tobytes(), index)
+    return first
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search gives for each row: its best column, that one's score, the least score of the other columns.
+
+    (r,) int64, float32, float32; scores are off by the product's error.
+    """
+
+    column: Ints
+    best: torch.Tensor
+    second: torch.Tensor
+
+
+def _first_and_second(score: torch.Tensor) -> tuple[Ints, torch.Tensor, torch.Tensor]:
+    """Return each row's column of least score, that score, and the least of the others, each (r,).
+
+    `score` (r, k) is left with infinity in that column.
+    """
+    # torch's own argmin takes ten times as long on a CPU
+    at = score.argmin(dim=1) if score.is_cuda else torch.from_numpy(score.numpy().argmin(axis=1))
+    best = score.gather(1, at[:, None])
+    score.scatter_(1, at[:, None], torch.inf)
+    return at.cpu().numpy(), best[:, 0], score.amin(dim=1)
+
+
+def search(x: torch.Tensor, centres: Centres, offset: torch.Tensor, margin: torch.Tensor, canonical: Canonical) -> Found:
+    """Find for each row the column that minimises offset - x . c, settled by `canonical` within `margin` of the best.
+
+    One matrix product; no (r, k) matrix is kept, only tiles.
+    """
+    m = len(centres.c)
+    column, best, second = np.empty(len(x), dtype=np.int64), x.new_empty(len(x)), x.new_empty(len(x))
+    step = min(len(x), max(64, TILE_ELEMENTS // m)) or 1
+    tile = x.new_empty((step, m))
+    for start in range(0, len(x), step):
+        part = slice(start, start + step)
+        score = scores(offset, x[part], centres.c, out=tile[: len(x) - start])
+        found, least, following = _first_and_second(score)
+        contested = (following <= least + margin[part]).nonzero()[:, 0]
+        if len(contested):
+            at = torch.from_numpy(found).to(x.device)[contested]
+            again = score[contested].scatter_(1, at[:, None], least[contested, None])
+            pairs = (again <= (least[contested] + margin[part][contested])[:, None]).nonzero().cpu().numpy()
+            rows = contested.cpu().numpy()
+            found[rows] = _settle(x[part], centres, rows[pairs[:, 0]], pairs[:, 1], canonical)
+            at = torch.from_numpy(found).to(x.device)[contested, None]
+            least[contested] = again.gather(1, at)[:, 0]
+            following[contested] = again.scatter_(1, at, torch.inf).amin(dim=1)
+        column[part], best[part], second[part] = found, least, following
+    return Found(column, best, second)
 
 
 def nearest(x: torch.Tensor, centres: torch.Tensor, norms: Floats | None = None) -> Ints:
@@ -108,50 +138,44 @@ def nearest(x: torch.Tensor, centres: torch.Tensor, norms: Floats | None = None)
     x (r, d), centres (k, d) float32, k >= 1; `norms` are x's canonical norms if they are known. The answer is the one
     that canonical distances give.
     """
-    ready = _ready(centres, x.device)
-    error = product_error(x.shape[1], canonical_norms(x) if norms is None else norms, ready.largest)
-    return ready.kept[_search(x, ready.c, ready.half, _margin(error, x), canonical_sqdist).index]
+    return nearest_column(x, Centres.of(centres), canonical_norms(x) if norms is None else norms)
 
 
-def nearest_and_bound(x: torch.Tensor, centres: torch.Tensor, norms: Floats) -> tuple[Ints, Floats]:
-    """Return `nearest` and a lower bound on each row's distance to every centre but that one, (r,) float64.
+def nearest_column(x: torch.Tensor, centres: Centres, norms: Floats) -> Ints:
+    """Return `nearest` of centres that are ready."""
+    ready = centres.to(x.device)
+    error = score_error(x.shape[1], norms, ready.largest)
+    return ready.kept[search(x, ready, ready.half, margin_of(error, x), canonical_sqdist).column]
 
-    The bound is 0 for all rows where two centres are equal: then the other one may be as near.
+
+def distance_bound(score: torch.Tensor, error: Floats, norms: Floats) -> Floats:
+    """Return the distance that a score 0.5|c|^2 - x . c stands for, with what `error` may add; less, if it is negative.
+
+    All (r,), float64: a bound on the distance, by a little more than float64 rounds.
     """
-    ready = _ready(centres, x.device)
-    margin = _margin(product_error(x.shape[1], norms, ready.largest), x)
-    found = _search(x, ready.c, ready.half, margin, canonical_sqdist, want_others=True)
-    if len(ready.kept) < len(centres):
-        return ready.kept[found.index], np.zeros(len(x))
-    return found.index, _distance_below(found.others, norms)
+    square = norms * norms
+    return np.sqrt(np.maximum(0.0, 2 * (score.double().cpu().numpy() + error) + square + np.sign(error) * 1e-12 * square))
 
 
-def _distance_below(score: Floats, norms: Floats) -> Floats:
-    """Return a distance that a lower bound on 0.5|c|^2 - x . c stands for, a little below it."""
-    return np.sqrt(np.maximum(0.0, (2 * score + norms * norms) * (1 - 1e-12) - 1e-15 * norms * norms))
+@dataclass(frozen=True)
+class Nearest:
+    """Each row's nearest centre, the canonical squared distance to it, a lower bound on the distance to the others."""
+
+    index: Ints
+    sqdist: Floats
+    others: Floats
 
 
-def distance_to_others(x: torch.Tensor, centres: torch.Tensor, norms: Floats, own: Ints) -> Floats:
-    """Return a lower bound on each row's distance to the nearest of some centres, (r,) float64, its own left out.
-
-    `own` (r,) is the index of a row's own centre among these, -1 where it is not one of them.
-    """
-    c = centres.to(x.device)
-    norm_c = canonical_norms(c)
-    half = torch.from_numpy((0.5 * norm_c * norm_c).astype(np.float32)).to(x.device)
-    error = product_error(x.shape[1], norms, float(norm_c.max(initial=0.0)))
-    out = np.empty(len(x))
-    step = min(len(x), max(64, TILE_ELEMENTS // len(c))) or 1
-    for start in range(0, len(x), step):
-        part = slice(start, start + step)
-        score = torch.addmm(half, x[part], c.T, alpha=-1)
-        mine = np.flatnonzero(own[part] >= 0)
-        score[torch.from_numpy(mine), torch.from_numpy(own[part][mine])] = torch.inf
-        out[part] = score.amin(dim=1).double().cpu().numpy()
-    return _distance_below(out - error, norms)
+def nearest_and_next(x: torch.Tensor, centres: Centres, norms: Floats) -> Nearest:
+    """Return `nearest` of centres that are ready and all distinct, and how far they are."""
+    ready = centres.to(x.device)
+    error = score_error(x.shape[1], norms, ready.largest)
+    found = search(x, ready, ready.half, margin_of(error, x), canonical_sqdist)
+    sqdist = canonical_sqdist(x, np.arange(len(x), dtype=np.int64), ready.c, found.column)
+    return Nearest(found.column, sqdist, distance_bound(found.second, -error, norms))
 
 
-def _margin(error: Floats, x: torch.Tensor) -> torch.Tensor:
+def margin_of(error: Floats, x: torch.Tensor) -> torch.Tensor:
     """Return twice a bound on the error of a score, as float32 rounded up, beside x."""
     return torch.from_numpy(2.0002 * error).to(torch.float32).to(x.device)
 
@@ -165,11 +189,11 @@ def most_similar(x: torch.Tensor, centres: torch.Tensor, norms: Floats | None = 
 
     Equal products go to the smaller index. As `nearest`, for vectors that need not have one length.
     """
-    ready = _ready(centres, x.device)
-    error = product_error(x.shape[1], canonical_norms(x) if norms is None else norms, ready.largest)
-    found = _search(x, ready.c, torch.zeros_like(ready.half), _margin(error, x), _negative_dot)
-    index = ready.kept[found.index]
-    return index, canonical_dot(x, np.arange(len(x), dtype=np.int64), centres.to(x.device), index)
+    ready = Centres.of(centres).to(x.device)
+    error = score_error(x.shape[1], canonical_norms(x) if norms is None else norms, ready.largest)
+    found = search(x, ready, torch.zeros_like(ready.half), margin_of(error, x), _negative_dot)
+    rows = np.arange(len(x), dtype=np.int64)
+    return ready.kept[found.column], canonical_dot(x, rows, ready.c, found.column)
 
 
 Lists = tuple[Floats, Ints]
@@ -191,9 +215,9 @@ def top_similar(x: torch.Tensor, rows: Ints, centres: torch.Tensor, m: int, norm
     step = max(1, TILE_ELEMENTS // len(x))
     for start in range(0, k, step):
         part = centres[start : start + step]
-        error = product_error(x.shape[1], canonical_norms(part), largest)
-        score = part @ x.T
-        floor = score.topk(min(m, len(x)), dim=1).values[:, -1] - _margin(error, x)
+        error = score_error(x.shape[1], canonical_norms(part), largest)
+        score = scores(x.new_zeros(len(x)), part, x).neg_()
+        floor = score.topk(min(m, len(x)), dim=1).values[:, -1] - margin_of(error, part)
         pairs = (score >= floor[:, None]).nonzero().cpu().numpy()
         exact = canonical_dot(part, pairs[:, 0], x, pairs[:, 1])
         order = np.lexsort((rows[pairs[:, 1]], -exact, pairs[:, 0]))

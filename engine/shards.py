@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,11 +19,10 @@ import torch
 from engine.arrays import Floats, Ints
 from engine.blocks import Block
 from engine.canonical import canonical_norms, normalize
+from engine.products import precision
 from engine.schema import BLOCK_ROWS, InputError
 from engine.store import FeatureStore, labels_numpy, part_vectors, vector_counts, vectors_numpy
 
-MEMORY_SHARE = 0.5
-"""Share of this machine's free memory that features may take before they go to the cluster."""
 RESTORE_TIMEOUT_S = 60.0
 
 
@@ -91,23 +91,29 @@ class Shards(Protocol):
 
 @dataclass(frozen=True)
 class Reading:
-    """How a store is read: normalised or not, with which columns, and how many bytes of vectors a shard may hold."""
+    """How a store is read, and where its vectors are worked on.
+
+    Normalised or not, with which columns; how many bytes of vectors a shard may hold; on which torch device, and in which
+    precision products are taken there (`products.precision`).
+    """
 
     normalized: bool
     columns: tuple[str, ...] = ()
     memory_bytes: float = np.inf
+    device: str = "cpu"
+    precision: str = "float32"
 
 
 class StoredVectors:
     """The vectors of one block, read from its store's mapped files on every use; only their norms stay."""
 
-    def __init__(self, store: FeatureStore, index: int, normalized: bool) -> None:
-        self.store, self.index, self.normalized = store, index, normalized
+    def __init__(self, store: FeatureStore, index: int, normalized: bool, device: str) -> None:
+        self.store, self.index, self.normalized, self.device = store, index, normalized, device
         self.norms: Floats | None = None
 
     def read(self, at: Ints | None = None) -> torch.Tensor:
         stored = vectors_numpy(self.store.read_block(self.index, [self.store.column])[self.store.column])
-        x = torch.from_numpy((stored if at is None else stored[at]).astype(np.float32))
+        x = torch.from_numpy((stored if at is None else stored[at]).astype(np.float32)).to(self.device)
         if not self.normalized:
             return x
         if at is not None:
@@ -126,7 +132,7 @@ def load_block(store: FeatureStore, index: int, reading: Reading, held: bool) ->
     if several:
         counts = vector_counts(table[store.column])
         rows, columns = np.repeat(rows, counts), {name: np.repeat(values, counts) for name, values in columns.items()}
-    vectors = StoredVectors(store, index, reading.normalized)
+    vectors = StoredVectors(store, index, reading.normalized, reading.device)
     return Block(index, vectors.read() if held else vectors, rows, np.ones(len(rows), dtype=np.bool_), columns)
 
 
@@ -144,16 +150,26 @@ def _gather(blocks: list[Block], first: int, at: Ints) -> list[Block]:
     return [Block(-1, every[c : c + BLOCK_ROWS], numbers[c : c + BLOCK_ROWS], mask[c : c + BLOCK_ROWS]) for c in cuts]
 
 
-def _run(blocks: list[Block], fn: Callable[..., Any], args: tuple[Any, ...], combine: Callable[[Any, Any], Any] | None) -> Any:
-    """Run fn over blocks; the list of results, or their left fold."""
-    results: list[Any] = []
-    for block in blocks:
+Call = tuple[Callable[..., Any], tuple[Any, ...], Callable[[Any, Any], Any] | None]
+"""(function on a block, its other arguments, what combines two results or None)."""
+
+
+def _run(blocks: list[Block], call: Call, asked: str, pool: ThreadPoolExecutor | None = None) -> Any:
+    """Run a call on blocks; the list of results in their order, or their left fold. Products run in precision `asked`."""
+    fn, args, combine = call
+
+    def on(block: Block) -> Any:
         result = fn(block, *args)
         block.release()
-        if combine and results:
-            results[0] = combine(results[0], result)
-        else:
-            results.append(result)
+        return result
+
+    results: list[Any] = []
+    with precision(asked):
+        for result in pool.map(on, blocks) if pool else map(on, blocks):
+            if combine and results:
+                results[0] = combine(results[0], result)
+            else:
+                results.append(result)
     return results[0] if combine else results
 
 
@@ -163,7 +179,7 @@ def _pick_out(block: Block, rows: Ints) -> tuple[Ints, torch.Tensor]:
     counts = end - first
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     here: Ints = np.repeat(np.arange(len(rows), dtype=np.int64), counts)
-    return here, block.some(np.repeat(first, counts) + within)
+    return here, block.some(np.repeat(first, counts) + within).cpu()
 
 
 def take_patterns(shards: Shards, rows: Ints) -> tuple[torch.Tensor, Ints]:
@@ -188,17 +204,20 @@ def _reset(block: Block, excluded: Ints) -> None:
 
 def _first_bad(block: Block) -> int:
     """Return the first row of the block whose vector is not finite, or -1."""
-    bad = ~torch.isfinite(block.x).all(dim=1).numpy()
+    bad = ~torch.isfinite(block.x).all(dim=1).cpu().numpy()
     return int(block.rows[bad][0]) if bad.any() else -1
 
 
 class LocalShards:
-    """All blocks in this process."""
+    """All blocks in this process, worked on by as many threads as torch has, each with a block of its own."""
 
-    def __init__(self, blocks: list[Block], d: int) -> None:
+    def __init__(self, blocks: list[Block], d: int, asked: str = "float32") -> None:
         self.blocks = blocks
         self.n = sum(len(block.rows) for block in blocks)
         self.d = d
+        self.asked = asked
+        threads = min(torch.get_num_threads(), len(blocks))
+        self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) if threads > 1 else None
 
     def take(self, rows: Ints) -> torch.Tensor:
         return take_patterns(self, rows)[0]
@@ -209,7 +228,12 @@ class LocalShards:
     def map(
         self, fn: Callable[..., Any], *args: Any, combine: Callable[[Any, Any], Any] | None = None, at: Ints | None = None
     ) -> Any:
-        return _run(self.blocks if at is None else _gather(self.blocks, 0, at), fn, args, combine)
+        return _run(self.blocks if at is None else _gather(self.blocks, 0, at), (fn, args, combine), self.asked, self.pool)
+
+    def close(self) -> None:
+        """End the threads."""
+        if self.pool:
+            self.pool.shutdown()
 
 
 def load_blocks(store: FeatureStore, indices: Iterable[int], reading: Reading) -> list[Block]:
@@ -217,7 +241,8 @@ def load_blocks(store: FeatureStore, indices: Iterable[int], reading: Reading) -
     numbers = list(indices)
     low, high = numbers[0] * store.block_rows, (numbers[-1] + 1) * store.block_rows
     parts = [part for part in store.manifest["parts"] if low <= part["start"] < high]
-    held = 4 * store.dim * sum(part_vectors(part) for part in parts) <= reading.memory_bytes
+    room = min(reading.memory_bytes, torch.cuda.mem_get_info()[0] / 2) if reading.device == "cuda" else reading.memory_bytes
+    held = 4 * store.dim * sum(part_vectors(part) for part in parts) <= room
     return [load_block(store, index, reading, held) for index in numbers]
 
 
@@ -227,12 +252,13 @@ class _Shard:
     def __init__(self, uri: str, indices: list[int], reading: Reading) -> None:
         torch.set_num_threads(1)
         store = FeatureStore(uri)
-        self.blocks = load_blocks(store, indices, reading)
+        self.blocks, self.asked = load_blocks(store, indices, reading), reading.precision
         self.first = sum(part_vectors(p) for p in store.manifest["parts"] if p["start"] < indices[0] * store.block_rows)
 
     def run(self, call: tuple[Any, ...]) -> Any:
         fn, args, combine, at = call
-        return _run(self.blocks if at is None else _gather(self.blocks, self.first, at), fn, args, combine)
+        blocks = self.blocks if at is None else _gather(self.blocks, self.first, at)
+        return _run(blocks, (fn, args, combine), self.asked)
 
     def fold(self, combine: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
         return combine(a, b)
@@ -241,21 +267,31 @@ class _Shard:
         return os.getpid()
 
 
-class RayShards:
-    """Blocks on `workers` Ray actors, contiguous and as even as can be; results meet in a tree, not on the driver."""
+def _share(of: int, workers: int) -> float:
+    """Return what each of `workers` actors asks for of something that there is `of`: one at most, in hundredths."""
+    return max(0.01, 1.0 if workers <= of else int(100 * of / workers) / 100)
 
-    def __init__(self, store: FeatureStore, workers: int, cpus: int, reading: Reading) -> None:
+
+class RayShards:
+    """Blocks on `workers` Ray actors, contiguous and as even as can be; results meet in a tree, not on the driver.
+
+    The actors share `cpus` CPUs of the cluster, and its `gpus` where they work on CUDA.
+    """
+
+    def __init__(self, store: FeatureStore, workers: int, cpus: int, reading: Reading, gpus: int = 0) -> None:
         self.n, self.d = store.num_patterns, store.dim
         self.uri, self.reading = store.place.absolute, reading
         workers = min(workers, store.num_blocks)
-        self.share = max(0.01, 1.0 if workers <= cpus else int(100 * cpus / workers) / 100)
+        self.cpu_share = _share(cpus, workers)
+        self.gpu_share = _share(gpus, workers) if reading.device == "cuda" else 0.0
         self.runs = [run.tolist() for run in np.array_split(np.arange(store.num_blocks), workers)]
         self.actors = [self._start(run) for run in self.runs]
 
     def _start(self, run: list[int]) -> Any:
         import ray
 
-        return ray.remote(_Shard).options(num_cpus=self.share).remote(self.uri, run, self.reading)
+        needs = ray.remote(_Shard).options(num_cpus=self.cpu_share, num_gpus=self.gpu_share)
+        return needs.remote(self.uri, run, self.reading)
 
     def take(self, rows: Ints) -> torch.Tensor:
         return take_patterns(self, rows)[0]
@@ -308,21 +344,9 @@ class RayShards:
         self.actors = []
 
 
-def free_bytes() -> int:
-    """Return this machine's free memory."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
-def fits(store: FeatureStore) -> bool:
-    """Return whether the features, as float32, take less than half of this machine's free memory."""
-    return 4 * store.num_patterns * store.dim < MEMORY_SHARE * free_bytes()
-
-
 def open_local(store: FeatureStore, reading: Reading) -> LocalShards:
     """Open a whole store in this process."""
-    return LocalShards(load_blocks(store, range(store.num_blocks), reading), store.dim)
+    return LocalShards(load_blocks(store, range(store.num_blocks), reading), store.dim, reading.precision)
 
 
 def from_array(

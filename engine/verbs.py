@@ -28,6 +28,17 @@ Memory = Annotated[
     str | None,
     Opt("Vectors a shard may hold in memory (4GiB); more are read on every use. Default: half of what is free.", result=False),
 ]
+Device = Annotated[
+    str, Opt("Where vectors are worked on; auto is a GPU if there is one.", choices=("auto", "cpu", "cuda"), result=False)
+]
+Precision = Annotated[
+    str,
+    Opt(
+        "Of the fast products, which never decide what they can't: it changes the time, not the picks.",
+        choices=("float32", "tf32", "bf16"),
+        result=False,
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +139,8 @@ class SelectOptions:
     normalize: Normalize = True
     workers: Workers = None
     memory_per_shard: Memory = None
+    device: Device = "auto"
+    precision: Precision = "float32"
     journal_s: Annotated[
         float, Opt("Seconds between two entries of the journal that an unfinished run goes on from.", min=0, result=False)
     ] = 10.0
@@ -155,6 +168,8 @@ class DedupOptions:
     seed: Seed = 0
     workers: Workers = None
     memory_per_shard: Memory = None
+    device: Device = "auto"
+    precision: Precision = "float32"
     address: Address = None
     overwrite: Overwrite = False
 
@@ -182,6 +197,8 @@ class EvaluateOptions:
     out: Annotated[str | None, Opt("Folder to write the metrics to. Default: only print.", metavar="DIR", result=False)] = None
     workers: Workers = None
     memory_per_shard: Memory = None
+    device: Device = "auto"
+    precision: Precision = "float32"
     address: Address = None
     overwrite: Overwrite = False
 
@@ -206,6 +223,8 @@ class CompareOptions:
     emd_sample: Annotated[int, Opt("Pool rows in the earth mover's distance.", min=1, max=20000)] = 2000
     workers: Workers = None
     memory_per_shard: Memory = None
+    device: Device = "auto"
+    precision: Precision = "float32"
     address: Address = None
     overwrite: Overwrite = False
 

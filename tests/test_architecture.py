@@ -11,12 +11,12 @@ WALL = 400
 FLOORS = [
     {"engine"},
     {"engine.schema", "engine.arrays"},
-    {"engine.verbs", "engine.decode", "engine.canonical", "engine.draws"},
+    {"engine.verbs", "engine.decode", "engine.canonical", "engine.draws", "engine.products"},
     {"engine.nearest", "engine.blocks", "engine.folders", "engine.session"},
     {"engine.store"},
     {"engine.shards", "engine.sources", "engine.weights", "engine.patterns"},
     {"engine.encoders"},
-    {"engine.runner"},
+    {"engine.runner", "engine.placement"},
     {"engine.embed", "engine.ingest", "engine.select"},
     {"engine.evaluate", "engine.dedup"},
     {"engine.compare", "engine.info"},
@@ -32,6 +32,7 @@ IN_SELECT = {
     "engine.canonical",
     "engine.draws",
     "engine.nearest",
+    "engine.products",
     "engine.schema",
     "engine.shards",
 }

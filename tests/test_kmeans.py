@@ -10,8 +10,11 @@ import oracles
 import pytest
 from test_contract import clustered, shards_of
 
+from engine import nearest as nearest_module
+from engine.canonical import canonical_sqdist
+from engine.products import scores
+from engine.select import bounds, seeding
 from engine.select import lloyd as lloyd_module
-from engine.select import seeding
 from engine.select.kmeans import Options, kmeans
 from engine.select.lloyd import lloyd
 from engine.select.seeding import d2_seeds
@@ -39,15 +42,31 @@ def test_lloyd_steps_equal_brute_force() -> None:
     x = np.random.default_rng(0).random((400, 6)).astype(np.float32)
     start = x[:11]
     shards = from_array(x, block_rows=64)
-    *_, (steps, _, centres) = lloyd(shards, start, 7, float(np.abs(x).max()))
-    assert steps == 7
+    *_, last = lloyd(shards, start, 7, float(np.abs(x).max()))
+    assert last.number == 7
+    before, _ = oracles.lloyd(x, start, 6)
     expected, _ = oracles.lloyd(x, start, 7)
-    np.testing.assert_allclose(centres, expected, atol=2e-6)
+    np.testing.assert_allclose(last.centres, expected, atol=2e-6)
+    assigned = ((x[:, None] - before[None]) ** 2).sum(axis=2).argmin(axis=1)
+    assert last.inertia == pytest.approx(((x - expected[assigned]) ** 2).sum(), rel=1e-6)
+
+
+def plan_of(far: int, k: int) -> object:
+    """Return a plan that takes the `far` centres that moved most for those that moved far, whatever that costs."""
+
+    def plan(before, after, gaps, longest):  # type: ignore[no-untyped-def]
+        every = np.arange(k)
+        moves = bounds.SLACK * np.sqrt(canonical_sqdist(before, every, after, every))
+        order = np.argsort(-moves, kind="stable")
+        rest = float(moves[order[far]]) if far < k else 0.0
+        return bounds.Motion(moves, np.sort(order[:far]), rest)
+
+    return plan
 
 
 @pytest.mark.parametrize("pool", ["clusters", "noise", "whole numbers", "duplicates", "far from the origin"])
 def test_bounds_change_no_bit(monkeypatch: pytest.MonkeyPatch, pool: str) -> None:
-    """Every centre after every step, with bounds and without: the same bits."""
+    """Every centre after every step, without bounds and with any plan for them: the same bits."""
     rng = np.random.default_rng(7)
     x = {
         "clusters": clustered(600, 9),
@@ -58,36 +77,53 @@ def test_bounds_change_no_bit(monkeypatch: pytest.MonkeyPatch, pool: str) -> Non
     }[pool]
     start = x[rng.choice(600, 40, replace=False)]
     found = []
-    for bounded_from in (2, 10**9):
-        monkeypatch.setattr(lloyd_module, "BOUNDED_FROM", bounded_from)
+    for plan in (lambda *given: None, plan_of(0, 40), plan_of(7, 40), plan_of(40, 40), bounds.plan):
+        monkeypatch.setattr(lloyd_module, "plan", plan)
         steps = lloyd(from_array(x, block_rows=128), start, 25, float(np.abs(x).max()))
-        found.append([(moved, centres.tobytes()) for _, moved, centres in steps])
+        found.append([(step.moved, step.inertia, step.centres.tobytes()) for step in steps])
     assert len(found[0]) > 3
-    assert found[0] == found[1]
+    assert all(other == found[0] for other in found[1:])
 
 
 def test_bounds_spare_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once centres settle, few rows are compared with all of them."""
-    monkeypatch.setattr(lloyd_module, "BOUNDED_FROM", 2)
+    """Once centres settle, few rows are compared with all of them, and few centres with all rows."""
     compared: list[int] = []
-    full = lloyd_module.nearest_and_bound
+    product = bounds.scores
 
-    def counting(x, centres, norms):  # type: ignore[no-untyped-def]
-        compared.append(len(x))
-        return full(x, centres, norms)
+    def counting(offset, x, c, out=None):  # type: ignore[no-untyped-def]
+        compared.append(len(x) * len(c))
+        return product(offset, x, c, out)
 
-    monkeypatch.setattr(lloyd_module, "nearest_and_bound", counting)
+    monkeypatch.setattr(bounds, "scores", counting)
+    monkeypatch.setattr(nearest_module, "scores", counting)
     x = clustered(2000, 16)
     steps = list(lloyd(from_array(x), x[:200], 40, float(np.abs(x).max())))
-    assert compared[0] == 2000
-    assert sum(compared) < 0.5 * 2000 * len(steps)
+    assert compared[0] == 2000 * 200
+    assert sum(compared) < 0.5 * 2000 * 200 * len(steps)
+
+
+def test_d2_seeding_leaves_the_first_assignment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first Lloyd step after D^2 seeding needs no product, and gives what one would."""
+    x = clustered(900, 7)
+    largest = float(np.abs(x).max())
+    seeded = from_array(x, block_rows=128)
+    centres = seeded.take(d2_seeds(seeded, 60, 3, (0,))[0]).numpy()
+    products: list[int] = []
+    monkeypatch.setattr(nearest_module, "scores", lambda *given, **more: products.append(1) or scores(*given, **more))
+    first = next(iter(lloyd(seeded, centres, 1, largest)))
+    assert not products
+    afresh = list(lloyd(from_array(x, block_rows=128), centres, 12, largest))
+    assert first.centres.tobytes() == afresh[0].centres.tobytes()
+    d2_seeds(seeded, 60, 3, (0,))
+    again = list(lloyd(seeded, centres, 12, largest))
+    assert [step.centres.tobytes() for step in again] == [step.centres.tobytes() for step in afresh]
 
 
 def test_stops_once_nothing_moves() -> None:
     x = np.array([[0], [1], [10], [11]], dtype=np.float32)
     steps = list(lloyd(from_array(x), x[[0, 2]], 50, 11.0))
-    assert [step for step, _, _ in steps] == [1]
-    assert steps[-1][2].tolist() == [[0.5], [10.5]]
+    assert [step.number for step in steps] == [1]
+    assert steps[-1].centres.tolist() == [[0.5], [10.5]]
 
 
 def test_an_empty_cluster_starts_again_at_the_farthest_eligible_row() -> None:
@@ -95,8 +131,8 @@ def test_an_empty_cluster_starts_again_at_the_farthest_eligible_row() -> None:
     x = np.array([[0], [1], [2], [9], [30]], dtype=np.float32)
     shards = from_array(x)
     shards.blocks[0].eligible = np.array([True, True, True, True, False])
-    (_, _, centres), *_ = lloyd(shards, np.array([[0], [0]], dtype=np.float32), 1, 30.0)
-    assert centres.tolist() == [[np.float32(8.4)], [9.0]]
+    first, *_ = lloyd(shards, np.array([[0], [0]], dtype=np.float32), 1, 30.0)
+    assert first.centres.tolist() == [[np.float32(8.4)], [9.0]]
 
 
 def test_a_cluster_without_eligible_rows_gives_its_turn_to_the_farthest() -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from engine import session
 from engine.arrays import Ints
 from engine.folders import Claim, Place, digest_of, publish, read_manifest
+from engine.placement import open_shards
 from engine.runner import Journal, Method, run_method
 from engine.schema import (
     InputError,
@@ -24,11 +24,10 @@ from engine.schema import (
     lookup,
     no_progress,
     parse_budgets,
-    parse_bytes,
     parse_pairs,
     result_options,
 )
-from engine.shards import RayShards, Reading, Request, Shards, Step, check_finite, fits, free_bytes, open_local
+from engine.shards import Request, Step
 from engine.store import FeatureStore, table_bytes
 from engine.verbs import SelectOptions
 
@@ -171,34 +170,6 @@ def _rows_of_ids(flag: str, uri: str, lines: list[str], store: FeatureStore) -> 
         unknown = ids[at.is_null().to_pylist().index(True)]
         raise InputError(f"{flag} {uri!r} names {unknown!r}, which is not among the pool's ids ({at.null_count} unknown)")
     return np.unique(store.rows[at.to_numpy()])
-
-
-def open_shards(
-    store: FeatureStore, options: Any, normalized: bool, columns: tuple[str, ...]
-) -> tuple[Shards, Callable[[], None]]:
-    """Return the store's vectors as shards, and what closes them.
-
-    `options` has `workers`, `address`, `memory_per_shard`. In this process for `workers` 0, or None when the vectors fit
-    its memory; else on Ray actors. Raises InputError when a vector is not finite.
-    """
-    limit = parse_bytes(options.memory_per_shard)
-    shards: Shards
-    if options.workers == 0 or (options.workers is None and fits(store)):
-        reading = Reading(normalized, columns, limit or free_bytes() / 2)
-        shards, close = open_local(store, reading), _nothing_to_close
-    else:
-        session.connect(options.address)
-        cpus = session.cpus()
-        workers = options.workers or cpus
-        reading = Reading(normalized, columns, limit or free_bytes() / 2 / min(workers, cpus))
-        shards = on_actors = RayShards(store, workers, cpus, reading)
-        close = on_actors.close
-    check_finite(shards, store.place.uri)
-    return shards, close
-
-
-def _nothing_to_close() -> None:
-    """What closes shards that live in this process."""
 
 
 def write_selection(place: Place, store: FeatureStore, step: Step, labeled: Ints, facts: dict[str, Any]) -> dict[str, Any]:

@@ -37,8 +37,8 @@ def fit_centres(
     else:
         done, centres = 0, shards.take(d2_seeds(shards, k, seed, key)[0]).numpy()
     yield done, shards.n, centres
-    for step, moved, after in lloyd(shards, centres, iterations - done, max(shards.map(largest_entry))):
-        yield done + step, moved, after
+    for step in lloyd(shards, centres, iterations - done, max(shards.map(largest_entry))):
+        yield done + step.number, step.moved, step.centres
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ import torch
 
 from engine.arrays import Floats, Ints
 from engine.blocks import Block, fixed_point_scale
-from engine.nearest import nearest_sqdist
+from engine.canonical import canonical_sqdist
+from engine.nearest import Centres
 from engine.schema import Opt
-from engine.select.lloyd import Matrix, farthest_rows, largest_entry, lloyd
+from engine.select.bounds import Motion
+from engine.select.lloyd import Matrix, assign, farthest_rows, largest_entry, lloyd
 from engine.select.seeding import d2_seeds, random_rows
 from engine.shards import Request, Shards, Step
 
@@ -40,10 +42,12 @@ class Clusters:
     row: Ints
 
 
-def _summarise(block: Block, centres: Matrix, scale: float) -> Clusters:
+def _summarise(block: Block, centres: Centres, scale: float, motion: Motion | None) -> Clusters:
     """Give each row its final centre; return the block's share of the clusters."""
-    k = len(centres)
-    cluster, own = nearest_sqdist(block.x, torch.tensor(centres), block.norms)
+    k = len(centres.column)
+    cluster = assign(block, centres, motion)
+    rows = np.arange(len(cluster), dtype=np.int64)
+    own = canonical_sqdist(block.x, rows, centres.c.to(block.x.device), centres.column[cluster])
     sqdist, row = np.full(k, np.inf), np.full(k, -1, dtype=np.int64)
     ok = np.flatnonzero(block.eligible)
     order = ok[np.lexsort((block.rows[ok], own[ok], cluster[ok]))]
@@ -110,16 +114,19 @@ def kmeans(shards: Shards, request: Request, options: Options) -> Iterator[Step]
         done, centres = done + 1, request.resume.arrays["centres"]
         if first:
             kept: Matrix = request.resume.arrays["best"]
-            best = shards.map(_summarise, kept, scale, combine=_closer), kept
+            best = shards.map(_summarise, Centres.of(torch.tensor(kept)), scale, None, combine=_closer), kept
     for restart in range(first, options.restarts):
         if restart > first or not len(centres):
             centres, done = shards.take(_seeds(shards, request, options, restart)).numpy(), 0
-        for step, moved, after in lloyd(shards, centres, options.iterations - done, largest):
-            centres = after
-            note = f"restart {restart + 1} of {options.restarts}, {moved:,} rows moved"
+        motion: Motion | None = None
+        for step in lloyd(shards, centres, options.iterations - done, largest):
+            centres, motion = step.centres, step.motion
+            note = f"restart {restart + 1} of {options.restarts}, {step.moved:,} rows moved"
             arrays = {"centres": centres, "best": best[1] if best else _no_centres(shards)}
-            yield Step(restart * options.iterations + done + step, total, nothing, np.empty(0), note, arrays=arrays)
-        clusters: Clusters = shards.map(_summarise, centres, scale, combine=_closer)
+            number = restart * options.iterations + done + step.number
+            yield Step(number, total, nothing, np.empty(0), note, step.inertia, arrays=arrays)
+        ready = Centres.of(torch.tensor(centres))
+        clusters: Clusters = shards.map(_summarise, ready, scale, motion, combine=_closer)
         if best is None or clusters.inertia < best[0].inertia:
             best = clusters, centres
     assert best is not None

@@ -16,7 +16,7 @@ from engine.arrays import Floats, Ints
 from engine.blocks import Block, Ranked, merge_smallest, smallest
 from engine.canonical import canonical_sqdist, pairwise_sqdist
 from engine.draws import random_keys, random_uniform
-from engine.nearest import nearest_sqdist
+from engine.nearest import SLACK, Centres, nearest_and_next
 from engine.shards import Shards
 
 CANDIDATES = 1024
@@ -34,16 +34,27 @@ def random_rows(shards: Shards, seed: int, step: tuple[int, ...], m: int, taken:
     return np.asarray(merged[1], dtype=np.int64)
 
 
-def _mass(block: Block, centres: Floats, fresh: bool) -> float:
-    """Lower D^2 by new centres; return the block's mass."""
-    if fresh:
-        block.state["d2"] = np.full(len(block.rows), np.inf)
-    if len(block.rows) == 0:
+def _mass(block: Block, centres: Centres, before: int) -> float:
+    """Lower D^2 by new centres, the first of them number `before`; return the block's mass.
+
+    Keeps in the block what a first Lloyd step needs: each row's nearest centre so far, and bounds on its distance to
+    that one and to the others.
+    """
+    rows, state = len(block.rows), block.state
+    if before == 0:
+        state["d2"], state["cluster"], state["lower"] = np.full(rows, np.inf), np.zeros(rows, np.int64), np.full(rows, np.inf)
+    if rows == 0:
+        state["upper"], state["seeded"] = np.empty(0), before + len(centres.column)
         return 0.0
-    _, sqdist = nearest_sqdist(block.x, torch.tensor(centres), block.norms)
-    np.minimum(block.state["d2"], sqdist, out=block.state["d2"])
-    block.state["cumulative"] = np.cumsum(block.state["d2"])
-    return float(block.state["cumulative"][-1])
+    nearest = nearest_and_next(block.x, centres, block.norms)
+    closer = nearest.sqdist < state["d2"]
+    passed = np.sqrt(np.maximum(nearest.sqdist, state["d2"])) / SLACK
+    state["lower"] = np.minimum(np.minimum(state["lower"], passed), np.where(closer, nearest.others, np.inf))
+    state["cluster"] = np.where(closer, before + nearest.index, state["cluster"])
+    np.minimum(state["d2"], nearest.sqdist, out=state["d2"])
+    state["upper"], state["seeded"] = SLACK * np.sqrt(state["d2"]), before + len(centres.column)
+    state["cumulative"] = np.cumsum(state["d2"])
+    return float(state["cumulative"][-1])
 
 
 def places_drawn(block: Block, owner: Ints, targets: Floats) -> tuple[Ints, Ints]:
@@ -92,13 +103,16 @@ class _Walk:
 def d2_seeds(shards: Shards, k: int, seed: int, step: tuple[int, ...]) -> tuple[Ints, int]:
     """Return k rows drawn by D^2 sampling over all rows (the first uniformly), and the number of rounds.
 
-    A pure function of (seed, step). When fewer than k distinct vectors exist, the rest are drawn uniformly.
+    A pure function of (seed, step). The blocks are left with each row's nearest seed, for a first
+    Lloyd step. When fewer than k distinct vectors exist, the rest are drawn uniformly.
     """
     picks = random_rows(shards, seed, step, 1, np.empty(0, dtype=np.int64))
     slots = np.arange(CANDIDATES, dtype=np.int64)
     new, rounds = shards.take(picks), 0
-    while len(picks) < k:
-        masses = np.array(shards.map(_mass, new.numpy(), rounds == 0))
+    while True:
+        masses = np.array(shards.map(_mass, Centres.of(new), len(picks) - len(new)))
+        if len(picks) == k:
+            return picks, rounds
         ends = np.cumsum(masses)
         if ends[-1] == 0:
             return np.concatenate([picks, random_rows(shards, seed, step, k - len(picks), picks)]), rounds
@@ -117,4 +131,3 @@ def d2_seeds(shards: Shards, k: int, seed: int, step: tuple[int, ...]) -> tuple[
         new = walk.x[torch.tensor(walk.accepted, dtype=torch.long)]
         picks = np.concatenate([picks, rows[walk.accepted]])
         rounds += 1
-    return picks, rounds

@@ -1,0 +1,66 @@
+"""Where a store's vectors are worked on: in this process or on actors, on a CPU or a GPU, in how much memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from engine import session
+from engine.schema import InputError, parse_bytes
+from engine.shards import RayShards, Reading, Shards, check_finite, open_local
+from engine.store import FeatureStore
+
+MEMORY_SHARE = 0.5
+"""Share of the free memory that vectors may take: before they go to the cluster, and before they are streamed."""
+
+
+def free_bytes(device: str = "cpu") -> float:
+    """Return this machine's free memory, or that of its GPU."""
+    if device == "cuda":
+        import torch
+
+        return float(torch.cuda.mem_get_info()[0])
+    import psutil
+
+    return float(psutil.virtual_memory().available)
+
+
+def fits(store: FeatureStore) -> bool:
+    """Return whether the features, as float32, take less than half of this machine's free memory."""
+    return 4 * store.num_patterns * store.dim < MEMORY_SHARE * free_bytes()
+
+
+def _device(asked: str, there: int, where: str) -> str:
+    """Return the torch device to work on, given the number of GPUs there; raises InputError for a GPU that is not."""
+    if asked == "cuda" and not there:
+        raise InputError(f"--device 'cuda': {where} has no CUDA device that torch can use; pass auto or cpu")
+    return "cuda" if there and asked != "cpu" else "cpu"
+
+
+def open_shards(
+    store: FeatureStore, options: Any, normalized: bool, columns: tuple[str, ...]
+) -> tuple[Shards, Callable[[], None]]:
+    """Return the store's vectors as shards, and what closes them.
+
+    `options` has `workers`, `address`, `memory_per_shard`, `device`, `precision`. In this process for `workers` 0, or None
+    when the vectors fit its memory; else on Ray actors, by default one a GPU, or one a CPU. Raises InputError when a vector
+    is not finite, or the device not there.
+    """
+    limit = parse_bytes(options.memory_per_shard)
+    shards: Any
+    if options.workers == 0 or (options.workers is None and fits(store)):
+        import torch
+
+        device = _device(options.device, torch.cuda.device_count() if torch.cuda.is_available() else 0, "this machine")
+        share = MEMORY_SHARE * free_bytes(device)
+        shards = open_local(store, Reading(normalized, columns, limit or share, device, options.precision))
+    else:
+        session.connect(options.address)
+        cpus, gpus = session.cpus(), session.gpus()
+        device = _device(options.device, gpus, "the cluster")
+        workers = options.workers or (gpus if device == "cuda" else cpus)
+        share = MEMORY_SHARE * free_bytes() / min(workers, cpus)
+        reading = Reading(normalized, columns, limit or share, device, options.precision)
+        shards = RayShards(store, workers, cpus, reading, gpus)
+    check_finite(shards, store.place.uri)
+    return shards, shards.close
