@@ -105,10 +105,17 @@ def _first_and_second(score: torch.Tensor) -> tuple[Ints, torch.Tensor, torch.Te
     return at.cpu().numpy(), best[:, 0], score.amin(dim=1)
 
 
-def search(x: torch.Tensor, centres: Centres, offset: torch.Tensor, margin: torch.Tensor, canonical: Canonical) -> Found:
+def search(
+    x: torch.Tensor,
+    centres: Centres,
+    offset: torch.Tensor,
+    margin: torch.Tensor,
+    canonical: Canonical,
+    limit: torch.Tensor | None = None,
+) -> Found:
     """Find for each row the column that minimises offset - x . c, settled by `canonical` within `margin` of the best.
 
-    One matrix product; no (r, k) matrix is kept, only tiles.
+    One matrix product; no (r, k) matrix is kept, only tiles. Rows whose best score is above `limit` (r,) aren't settled.
     """
     m = len(centres.c)
     column, best, second = np.empty(len(x), dtype=np.int64), x.new_empty(len(x)), x.new_empty(len(x))
@@ -118,7 +125,8 @@ def search(x: torch.Tensor, centres: Centres, offset: torch.Tensor, margin: torc
         part = slice(start, start + step)
         score = scores(offset, x[part], centres.c, out=tile[: len(x) - start])
         found, least, following = _first_and_second(score)
-        contested = (following <= least + margin[part]).nonzero()[:, 0]
+        close = following <= least + margin[part]
+        contested = (close if limit is None else close & (least <= limit[part])).nonzero()[:, 0]
         if len(contested):
             at = torch.from_numpy(found).to(x.device)[contested]
             again = score[contested].scatter_(1, at[:, None], least[contested, None])
@@ -158,21 +166,35 @@ def distance_bound(score: torch.Tensor, error: Floats, norms: Floats) -> Floats:
 
 
 @dataclass(frozen=True)
-class Nearest:
-    """Each row's nearest centre, the canonical squared distance to it, a lower bound on the distance to the others."""
+class Nearer:
+    """The rows (m,) of a block to which some centre is nearer than before: that centre, and the canonical squared distance.
 
+    For all rows, lower bounds on the distance to the nearest of these centres and to the others, (r,).
+    """
+
+    rows: Ints
     index: Ints
     sqdist: Floats
+    least: Floats
     others: Floats
 
 
-def nearest_and_next(x: torch.Tensor, centres: Centres, norms: Floats) -> Nearest:
-    """Return `nearest` of centres that are ready and all distinct, and how far they are."""
+def nearer(x: torch.Tensor, centres: Centres, norms: Floats, before: Floats) -> Nearer:
+    """Return which rows x (r, d) have a centre at less than the squared distance `before` (r,), and their nearest one.
+
+    Canonical values are taken only where the product does not rule that out. `norms` (r,) are the canonical norms.
+    """
     ready = centres.to(x.device)
-    error = score_error(x.shape[1], norms, ready.largest)
-    found = search(x, ready, ready.half, margin_of(error, x), canonical_sqdist)
-    sqdist = canonical_sqdist(x, np.arange(len(x), dtype=np.int64), ready.c, found.column)
-    return Nearest(found.column, sqdist, distance_bound(found.second, -error, norms))
+    error, square = score_error(x.shape[1], norms, ready.largest), norms * norms
+    limit = np.nextafter((0.5 * (before - square) + 1.001 * error + 1e-12 * square).astype(np.float32), np.float32(np.inf))
+    reach = torch.from_numpy(limit).to(x.device)
+    found = search(x, ready, ready.half, margin_of(error, x), canonical_sqdist, reach)
+    rows = (found.best <= reach).nonzero()[:, 0].cpu().numpy()
+    column = found.column[rows]
+    sqdist = canonical_sqdist(x, rows, ready.c, column)
+    closer = sqdist < before[rows]
+    bounds = (distance_bound(score, -error, norms) for score in (found.best, found.second))
+    return Nearer(rows[closer], ready.kept[column[closer]], sqdist[closer], *bounds)
 
 
 def margin_of(error: Floats, x: torch.Tensor) -> torch.Tensor:

@@ -113,7 +113,8 @@ class StoredVectors:
 
     def read(self, at: Ints | None = None) -> torch.Tensor:
         stored = vectors_numpy(self.store.read_block(self.index, [self.store.column])[self.store.column])
-        x = torch.from_numpy((stored if at is None else stored[at]).astype(np.float32)).to(self.device)
+        some = stored.copy() if at is None else stored[at]
+        x = torch.from_numpy(some).to(self.device).float()  # torch's conversion takes a tenth of numpy's time
         if not self.normalized:
             return x
         if at is not None:

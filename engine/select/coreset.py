@@ -19,7 +19,7 @@ from engine.arrays import Floats, Ints
 from engine.blocks import Block, Ranked, merge_smallest, smallest
 from engine.canonical import canonical_sqdist, pairwise_sqdist
 from engine.draws import random_keys
-from engine.nearest import nearest_sqdist
+from engine.nearest import Centres, nearer
 from engine.schema import Opt
 from engine.shards import Request, Shards, Step
 
@@ -41,14 +41,14 @@ def _lowest_key(block: Block, seed: int) -> Ranked:
     return smallest(random_keys(seed, (), rows), rows, 1)
 
 
-def _farthest_first(block: Block, centres: Floats, taken: Ints, m: int) -> Ranked:
+def _farthest_first(block: Block, centres: Centres, taken: Ints, m: int) -> Ranked:
     """Lower the running minimum by new centres; return the m+1 open rows of largest distance (negated) first."""
     if "sqdist" not in block.state:
         block.state["sqdist"] = np.full(len(block.rows), np.inf)
         block.state["open"] = block.eligible.copy()
-    if len(centres) and len(block.rows):
-        _, sqdist = nearest_sqdist(block.x, torch.tensor(centres), block.norms)
-        np.minimum(block.state["sqdist"], sqdist, out=block.state["sqdist"])
+    if len(centres.column) and len(block.rows):
+        new = nearer(block.x, centres, block.norms, block.state["sqdist"])
+        block.state["sqdist"][new.rows] = new.sqdist
     block.state["open"] &= ~np.isin(block.rows, taken)
     return smallest(-block.state["sqdist"][block.state["open"]], block.rows[block.state["open"]], m + 1)
 
@@ -115,7 +115,7 @@ def coreset(shards: Shards, request: Request, options: Options) -> Iterator[Step
     there = np.concatenate([request.labeled, np.array(picks, dtype=np.int64)])
     for start in range(0, len(there), LABELED_CHUNK):
         chunk = there[start : start + LABELED_CHUNK]
-        ranked = find(shards.take(chunk).numpy(), chunk, m)
+        ranked = find(Centres.of(shards.take(chunk)), chunk, m)
     rounds = 1
     while True:
         negated, rows = ranked
@@ -129,5 +129,5 @@ def coreset(shards: Shards, request: Request, options: Options) -> Iterator[Step
         new = rows[[index for index, _ in made]]
         picks += new.tolist()
         gains += [float(np.sqrt(sqdist)) for _, sqdist in made]
-        ranked = find(candidates.x[torch.tensor([index for index, _ in made])].numpy(), new, m)
+        ranked = find(Centres.of(candidates.x[torch.tensor([index for index, _ in made])]), new, m)
         rounds += 1

@@ -19,7 +19,7 @@ from engine.arrays import Floats, Ints
 from engine.blocks import Block, Ranked, merge_smallest, smallest
 from engine.canonical import canonical_norms, canonical_sqdist, normalize
 from engine.draws import random_keys, random_uniform
-from engine.nearest import nearest_sqdist
+from engine.nearest import Centres, nearer
 from engine.schema import Opt
 from engine.select.seeding import places_drawn
 from engine.shards import Request, Shards, Step, take_patterns
@@ -61,14 +61,14 @@ def _state(block: Block) -> None:
         block.state["open"] = block.eligible.copy()
 
 
-def _lower(block: Block, centres: Floats, taken: Ints) -> None:
+def _lower(block: Block, centres: Centres, taken: Ints) -> None:
     """Lower distances by the unit vectors of new images, and close those images."""
     _state(block)
     block.state["open"] &= ~np.isin(block.rows, taken)
     if len(block.rows):
         x = unit(block.x, block.norms)
-        _, sqdist = nearest_sqdist(x, torch.tensor(centres), block.norms if x is block.x else None)
-        np.minimum(block.state["sqdist"], sqdist, out=block.state["sqdist"])
+        new = nearer(x, centres, block.norms if x is block.x else canonical_norms(x), block.state["sqdist"])
+        block.state["sqdist"][new.rows] = new.sqdist
 
 
 def _codes(block: Block, at: Ints) -> Ints:
@@ -243,7 +243,7 @@ def freesel(shards: Shards, request: Request, options: Options) -> Iterator[Step
             return
         for start in range(0, len(new), IMAGES_AT_ONCE):
             chunk = new[start : start + IMAGES_AT_ONCE]
-            shards.map(_lower, unit(shards.take(chunk)).numpy(), chunk)
+            shards.map(_lower, Centres.of(unit(shards.take(chunk))), chunk)
         wanted = budget - len(rows)
         found = _take_farthest(shards, wanted) if sampling == "fds" else _take_drawn(shards, wanted, request.seed, number)
         if found is None:

@@ -16,7 +16,7 @@ from engine.arrays import Floats, Ints
 from engine.blocks import Block, Ranked, merge_smallest, smallest
 from engine.canonical import canonical_sqdist, pairwise_sqdist
 from engine.draws import random_keys, random_uniform
-from engine.nearest import SLACK, Centres, nearest_and_next
+from engine.nearest import SLACK, Centres, nearer
 from engine.shards import Shards
 
 CANDIDATES = 1024
@@ -46,12 +46,11 @@ def _mass(block: Block, centres: Centres, before: int) -> float:
     if rows == 0:
         state["upper"], state["seeded"] = np.empty(0), before + len(centres.column)
         return 0.0
-    nearest = nearest_and_next(block.x, centres, block.norms)
-    closer = nearest.sqdist < state["d2"]
-    passed = np.sqrt(np.maximum(nearest.sqdist, state["d2"])) / SLACK
-    state["lower"] = np.minimum(np.minimum(state["lower"], passed), np.where(closer, nearest.others, np.inf))
-    state["cluster"] = np.where(closer, before + nearest.index, state["cluster"])
-    np.minimum(state["d2"], nearest.sqdist, out=state["d2"])
+    new = nearer(block.x, centres, block.norms, state["d2"])
+    least, passed = new.least, np.sqrt(state["d2"][new.rows]) / SLACK
+    least[new.rows] = np.minimum(passed, new.others[new.rows])
+    np.minimum(state["lower"], least, out=state["lower"])
+    state["cluster"][new.rows], state["d2"][new.rows] = before + new.index, new.sqdist
     state["upper"], state["seeded"] = SLACK * np.sqrt(state["d2"]), before + len(centres.column)
     state["cumulative"] = np.cumsum(state["d2"])
     return float(state["cumulative"][-1])
