@@ -1,10 +1,11 @@
-"""Is `kmeans` as good and as fast as faiss.Kmeans and scikit-learn's KMeans?
+"""How long does `kmeans` take to where faiss.Kmeans ends, and how good is its end beside faiss's and scikit-learn's?
 
-    python benchmarks/bench_kmeans.py [FEATURES] [--k 100,1000] [--iterations 20]
+    python benchmarks/bench_kmeans.py [FEATURES] [--k 100,1000] [--iterations 20] [--neighbors 20] [--rivals faiss,sklearn]
 
-Same vectors, same k, the same number of Lloyd steps, one start each, no subsampling, all threads. Every inertia is
-computed here, in float64, from the centres that each ended with. Our time is the whole method: seeding, steps, the
-exact final assignment and the picks; theirs is fit/train.
+Same vectors, same k, the same number of Lloyd steps, one start each, no subsampling, all threads. `reached` is when a
+step of ours first has an inertia no higher than the first rival's last one, D^2 seeding included; `seconds` is the whole
+method, with the exact last assignment and the picks (fit/train for the rivals). Inertias at the end are computed here, in
+float64, from the centres each ended with. With --neighbors, the approximate mode too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from dataclasses import replace
 
 import faiss
 import numpy as np
@@ -35,28 +36,29 @@ def inertia(x: np.ndarray, centres: np.ndarray) -> float:
     return total
 
 
-def ours(shards: LocalShards, k: int, iterations: int, seeding: str) -> float:
+def ours(shards: LocalShards, k: int, options: Options, goal: float) -> dict[str, float]:
+    """Run `kmeans`; return its time, the time at which it reached the goal (nan: never), its inertia."""
     prepare(shards, NOTHING)
-    options = Options(restarts=1, iterations=iterations, seeding=seeding)
-    *_, last = kmeans(shards, Request(k, 0, NOTHING), options)
-    return float(last.objective or 0)
+    began, reached = time.perf_counter(), np.nan
+    for step in kmeans(shards, Request(k, 0, NOTHING), options):
+        if np.isnan(reached) and (step.objective or np.inf) <= goal:
+            reached = time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    return {"s": seconds, "reached_s": reached, "inertia": float(step.objective or 0)}
 
 
-def theirs_faiss(x: np.ndarray, k: int, iterations: int) -> float:
+def theirs_faiss(x: np.ndarray, k: int, iterations: int) -> np.ndarray:
     model = faiss.Kmeans(x.shape[1], k, niter=iterations, nredo=1, seed=0, max_points_per_centroid=10**9)
     model.train(x)
-    return inertia(x, model.centroids)
+    return np.asarray(model.centroids)
 
 
-def theirs_sklearn(x: np.ndarray, k: int, iterations: int) -> float:
+def theirs_sklearn(x: np.ndarray, k: int, iterations: int) -> np.ndarray:
     model = KMeans(k, init="k-means++", n_init=1, max_iter=iterations, tol=0.0, random_state=0, algorithm="lloyd")
-    return inertia(x, model.fit(x).cluster_centers_)
+    return np.asarray(model.fit(x).cluster_centers_)
 
 
-def timed(run: Callable[[], float]) -> tuple[float, float]:
-    began = time.perf_counter()
-    value = run()
-    return time.perf_counter() - began, value
+RIVALS = {"faiss": theirs_faiss, "sklearn": theirs_sklearn}
 
 
 def main() -> None:
@@ -69,25 +71,33 @@ def main() -> None:
     parser.add_argument("features", nargs="?")
     parser.add_argument("--k", default="100,1000")
     parser.add_argument("--iterations", type=int, default=20)
-    options = parser.parse_args()
-    x, shards = load(options.features)
-    print(f"{len(x)} x {x.shape[1]}, {options.iterations} steps, {machine()}")
-    print(f"{'k':>6} {'method':<28}{'seconds':>9}{'/ faiss':>9}{'inertia':>14}{'/ faiss':>9}")
+    parser.add_argument("--neighbors", type=int)
+    parser.add_argument("--rivals", default="faiss,sklearn")
+    given = parser.parse_args()
+    x, shards = load(given.features)
+    print(f"{len(x)} x {x.shape[1]}, {given.iterations} steps, {machine()}")
+    print(f"{'k':>6} {'method':<28}{'seconds':>9}{'reached':>9}{'inertia':>14}   beside the first of k", flush=True)
     results = []
-    for k in (int(part) for part in options.k.split(",")):
-        faiss_s, faiss_inertia = timed(lambda k=k: theirs_faiss(x, k, options.iterations))
-        runs = {
-            "faiss.Kmeans": (faiss_s, faiss_inertia),
-            "coresift, d2 seeding": timed(lambda k=k: ours(shards, k, options.iterations, "d2")),
-            "coresift, random seeding": timed(lambda k=k: ours(shards, k, options.iterations, "random")),
-            "scikit-learn, k-means++": timed(lambda k=k: theirs_sklearn(x, k, options.iterations)),
-        }
-        for name, (seconds, value) in runs.items():
-            ratios = seconds / faiss_s, value / faiss_inertia
-            print(f"{k:>6} {name:<28}{seconds:>9.2f}{ratios[0]:>9.2f}{value:>14.2f}{ratios[1]:>9.4f}", flush=True)
-            results.append(
-                {"k": k, "method": name, "s": seconds, "inertia": value, "s_ratio": ratios[0], "inertia_ratio": ratios[1]}
-            )
+    for k in (int(part) for part in given.k.split(",")):
+        runs: dict[str, dict[str, float]] = {}
+        for name in filter(None, given.rivals.split(",")):
+            began = time.perf_counter()
+            centres = RIVALS[name](x, k, given.iterations)
+            runs[name] = {"s": time.perf_counter() - began, "inertia": inertia(x, centres)}
+        goal = next((run["inertia"] for run in runs.values()), 0.0)
+        exact = Options(restarts=1, iterations=given.iterations)
+        modes = {"d2 seeding": exact, "random seeding": replace(exact, seeding="random")}
+        if given.neighbors:
+            modes[f"neighbors={given.neighbors}"] = replace(exact, neighbors=given.neighbors)
+        for name, options in modes.items():
+            runs[f"coresift, {name}"] = ours(shards, k, options, goal)
+        first = next(iter(runs.values()))
+        for name, run in runs.items():
+            reached = run.get("reached_s", run["s"])
+            times = f"{first['s'] / run['s']:.2f} x as fast, {first['s'] / reached:.2f} to its inertia"
+            print(f"{k:>6} {name:<28}{run['s']:>9.2f}{reached:>9.2f}{run['inertia']:>14.2f}", end="")
+            print(f"   {times}, inertia {run['inertia'] / first['inertia']:.4f}", flush=True)
+            results.append({"k": k, "method": name, **run})
     print(json.dumps({"results": results, "machine": machine()}, sort_keys=True))
 
 

@@ -12,11 +12,20 @@ import pyarrow as pa
 
 from engine.arrays import Ints
 from engine.evaluate import Labelled, check_metrics, measure, read_test
-from engine.folders import Claim, Place, begin, publish, read_manifest
+from engine.folders import Claim, Place, begin, digest_of, publish, read_manifest
 from engine.placement import open_shards
 from engine.runner import Method, run_method
 from engine.schema import InputError, Progress, no_progress, parse_budgets, parse_pairs, result_options
-from engine.select import Strategy, check_vectors, prefix, strategy_options, write_selection
+from engine.select import (
+    COLUMN,
+    Strategy,
+    check_labels,
+    check_vectors,
+    prefix,
+    read_excluded,
+    strategy_options,
+    write_selection,
+)
 from engine.shards import Request, Shards, Step
 from engine.store import FeatureStore, table_bytes
 from engine.verbs import CompareOptions
@@ -38,6 +47,17 @@ def _entrant(spec: str) -> Entrant:
     return Entrant(spec, strategy, method, options)
 
 
+def _specs(strategies: tuple[str, ...]) -> list[str]:
+    """Return the strategies named; a part that begins with a digit is more of the value before it: `levels=1000,100`."""
+    specs: list[str] = []
+    for part in (part.strip() for part in strategies):
+        if specs and part[:1].isdigit():
+            specs[-1] += f",{part}"
+        else:
+            specs.append(part)
+    return specs
+
+
 @dataclass(frozen=True)
 class Arena:
     """What all cells share."""
@@ -46,6 +66,7 @@ class Arena:
     store: FeatureStore
     shards: Shards
     test: Labelled | None
+    excluded: Ints
     options: CompareOptions
 
 
@@ -61,7 +82,7 @@ def _read_cell(place: Place) -> list[dict[str, Any]] | None:
 def _publish_cell(arena: Arena, entrant: Entrant, seed: int, step: Step, seconds: float) -> None:
     """Write the selection and its metrics, each a folder as everywhere."""
     place, count, nothing = _cell(arena, entrant, seed, len(step.picks)), len(step.picks), np.empty(0, dtype=np.int64)
-    inputs = {"features": arena.store.digest}
+    inputs = {"features": arena.store.digest, "excluded": digest_of(arena.excluded.tolist())}
     identity = {
         "strategy": entrant.strategy.name,
         "options": result_options(entrant.options),
@@ -86,9 +107,9 @@ def _run(arena: Arena, entrant: Entrant, seed: int, counts: list[int], done: Cal
     for _ in range(len(counts) - len(todo)):
         done(entrant.name)
     for run in [todo] if entrant.strategy.nested and todo else [[count] for count in todo]:
-        none: Ints = np.empty(0, dtype=np.int64)
+        request = Request(run[-1], seed, np.empty(0, dtype=np.int64), arena.excluded)
         began = time.perf_counter()
-        step = run_method(entrant.method, arena.shards, Request(run[-1], seed, none), entrant.options)
+        step = run_method(entrant.method, arena.shards, request, entrant.options)
         seconds = time.perf_counter() - began
         for count in run:
             _publish_cell(arena, entrant, seed, prefix(step, count), seconds)
@@ -120,17 +141,20 @@ def compare(options: CompareOptions, progress: Progress = no_progress) -> dict[s
     """
     check_metrics(options.metrics, options.test)
     store = FeatureStore(options.features)
-    entrants = [_entrant(spec.strip()) for spec in options.strategies]
+    entrants = [_entrant(spec) for spec in _specs(options.strategies)]
     for entrant in entrants:
         check_vectors(entrant.strategy, store)
+        check_labels(entrant.strategy, store)
     names = [entrant.name for entrant in entrants]
     if len(set(names)) != len(names):
         raise InputError(f"--strategies {','.join(names)} names one twice")
-    counts = sorted(parse_budgets(options.budget, store.num_vectors, store.num_vectors))
+    excluded = read_excluded(options.exclude, store)
+    counts = sorted(parse_budgets(options.budget, store.num_vectors, store.num_vectors - len(excluded)))
     test = read_test(options.test, store) if options.test else None
     place = Place(options.out)
     inputs = {"features": store.digest, "test": FeatureStore(options.test).digest if options.test else None}
-    reads = [uri for uri in (options.features, options.test) if uri]
+    inputs |= {"excluded": digest_of(excluded.tolist())} if options.exclude else {}
+    reads = [uri for uri in (options.features, options.test, options.exclude) if uri and not uri.startswith(COLUMN)]
     claim = Claim.of(place, "comparison", inputs, result_options(options), options.overwrite, reads)
     published = claim.published()
     if published is not None:
@@ -138,7 +162,7 @@ def compare(options: CompareOptions, progress: Progress = no_progress) -> dict[s
     columns = tuple(dict.fromkeys(name for entrant in entrants for name in entrant.strategy.columns))
     shards, close = open_shards(store, options, True, columns)
     claim.take()
-    arena = Arena(place, store, shards, test, options)
+    arena = Arena(place, store, shards, test, excluded, options)
     finished, total = 0, len(entrants) * options.seeds * len(counts)
 
     def done(note: str) -> None:

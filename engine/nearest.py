@@ -25,6 +25,10 @@ SLACK = 1 + 1e-9
 """Widens every bound by far more than float64 rounds."""
 
 
+SPARE = 8
+"""Entries looked at beyond the m largest, for those that are too close to the m-th."""
+
+
 Canonical = Callable[[torch.Tensor, Ints, torch.Tensor, Ints], Floats]
 
 
@@ -69,6 +73,11 @@ class Centres:
     def to(self, device: torch.device) -> Centres:
         """Return the same on a device."""
         return replace(self, c=self.c.to(device), half=self.half.to(device))
+
+    def some(self, columns: Ints) -> Centres:
+        """Return some of the columns (m,), ascending, as centres of their own; `column` is then of no use."""
+        at = torch.from_numpy(columns)
+        return replace(self, c=self.c[at], kept=self.kept[columns], half=self.half[at])
 
 
 def _first_of_equals(centres: torch.Tensor, norms: Floats) -> Ints:
@@ -224,6 +233,23 @@ Lists = tuple[Floats, Ints]
 """For each of k vectors the m best rows in order: products (k, m), -inf beyond the last; rows (k, m), -1 there."""
 
 
+def _candidates(score: torch.Tensor, m: int, margin: torch.Tensor) -> Ints:
+    """Return the entries (row, column) within `margin` (q,) of the m-th largest of their row, (p, 2), ascending by row."""
+    width = min(m + SPARE, score.shape[1])
+    top = score.topk(width, dim=1)
+    floor = (top.values[:, m - 1] - margin)[:, None]
+    inside = top.values >= floor
+    more = inside.all(dim=1) if width < score.shape[1] else inside.new_zeros(len(score))
+    row, place = (inside & ~more[:, None]).nonzero().T
+    found = torch.stack([row, top.indices[row, place]], dim=1)
+    if more.any():  # so many are close that the list may have missed some
+        rows = more.nonzero()[:, 0]
+        wide = (score[rows] >= floor[rows]).nonzero()
+        found = torch.cat([found, torch.stack([rows[wide[:, 0]], wide[:, 1]], dim=1)])
+    pairs = found.cpu().numpy()
+    return np.asarray(pairs[np.argsort(pairs[:, 0], kind="stable")])
+
+
 def top_similar(x: torch.Tensor, rows: Ints, centres: torch.Tensor, m: int, norms: Floats) -> Lists:
     """Return for each centre the m rows of largest canonical dot product, in order; equal ones go to the smaller row.
 
@@ -236,11 +262,10 @@ def top_similar(x: torch.Tensor, rows: Ints, centres: torch.Tensor, m: int, norm
     largest = float(norms.max())
     step = max(1, TILE_ELEMENTS // len(x))
     for start in range(0, k, step):
-        part = centres[start : start + step]
+        part = centres[start : start + step].to(x.device)
         error = score_error(x.shape[1], canonical_norms(part), largest)
         score = scores(x.new_zeros(len(x)), part, x).neg_()
-        floor = score.topk(min(m, len(x)), dim=1).values[:, -1] - margin_of(error, part)
-        pairs = (score >= floor[:, None]).nonzero().cpu().numpy()
+        pairs = _candidates(score, min(m, len(x)), margin_of(error, part))
         exact = canonical_dot(part, pairs[:, 0], x, pairs[:, 1])
         order = np.lexsort((rows[pairs[:, 1]], -exact, pairs[:, 0]))
         owner = pairs[order, 0]
@@ -262,4 +287,4 @@ def merge_lists(a: Lists, b: Lists) -> Lists:
 def nearest_sqdist(x: torch.Tensor, centres: torch.Tensor, norms: Floats | None = None) -> tuple[Ints, Floats]:
     """Return `nearest` and the canonical squared distance to it, (r,) float64."""
     index = nearest(x, centres, norms)
-    return index, canonical_sqdist(x, np.arange(len(x), dtype=np.int64), centres, index)
+    return index, canonical_sqdist(x, np.arange(len(x), dtype=np.int64), centres.to(x.device), index)

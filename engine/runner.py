@@ -55,6 +55,12 @@ class Journal:
             self.file.fs.delete_file(self.file.path)
 
 
+def _said(step: Step) -> str:
+    """Return a step's note, with the objective where it has one."""
+    objective = "" if step.objective is None else f"objective {step.objective:.6g}"
+    return ", ".join(filter(None, [objective, step.note]))
+
+
 def run_method(
     method: Method,
     shards: Shards,
@@ -77,7 +83,7 @@ def run_method(
             prepare(shards, np.union1d(request.labeled, request.excluded))
             for step in method(shards, replace(request, resume=last), options):
                 last, lost = step, 0
-                progress("select", last.number, last.total, last.note)
+                progress("select", last.number, last.total, _said(last))
                 if journal and time.monotonic() - written >= journal.every_s:
                     journal.write(last)
                     written = time.monotonic()

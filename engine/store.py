@@ -136,6 +136,12 @@ class FeatureStore:
         """Whether any vector has a label."""
         return self.num_labeled > 0
 
+    @cached_property
+    def columns(self) -> list[str]:
+        """The names of the columns beside the vectors."""
+        parts = self.manifest["parts"]
+        return [name for name in self.read_part(parts[0]["name"]).column_names if name != self.column] if parts else []
+
     def read_part(self, name: str, columns: Iterable[str] | None = None) -> pa.Table:
         """Return one part as a table; on a local disk it is a view of the mapped file."""
         place = self.place.at("parts", name)

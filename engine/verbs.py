@@ -24,6 +24,10 @@ Workers = Annotated[
         result=False,
     ),
 ]
+Exclude = Annotated[
+    str | None,
+    Opt("What may not be picked: a dedup folder, ids (.txt), pool rows (.json, .npy), or column:NAME.", result=False),
+]
 Memory = Annotated[
     str | None,
     Opt("Vectors a shard may hold in memory (4GiB); more are read on every use. Default: half of what is free.", result=False),
@@ -127,11 +131,14 @@ class SelectOptions:
     strategy: Annotated[str, Opt("How to pick: see `coresift strategies`.")]
     budget: Annotated[str, Opt("New labels: a count, a percentage of the pool, or several: 100,500,1%.", result=False)]
     labeled: Annotated[
-        str | None, Opt("What is labelled already: a selection folder, ids (.txt), or pool rows (.json, .npy).", result=False)
+        str | None,
+        Opt(
+            "What is labelled already: a selection folder, ids (.txt), pool rows (.json, .npy), or column:NAME of the "
+            "features, where it is true or holds a value.",
+            result=False,
+        ),
     ] = None
-    exclude: Annotated[
-        str | None, Opt("What may not be picked: a dedup folder, ids (.txt), or pool rows (.json, .npy).", result=False)
-    ] = None
+    exclude: Exclude = None
     seed: Seed = 0
     option: Annotated[
         tuple[str, ...], Opt("Option of the strategy. Repeatable.", metavar="NAME=VALUE", result=False, repeat=True)
@@ -212,6 +219,7 @@ class CompareOptions:
     strategies: Annotated[tuple[str, ...], Opt("Comma-separated; options after colons: kmeans:restarts=1:seeding=random.")]
     budget: Annotated[str, Opt("Budgets: 100,500,1%.")]
     test: Annotated[str | None, Opt("Labelled feature store to test on.", metavar="FEATURES", result=False)] = None
+    exclude: Exclude = None
     seeds: Annotated[int, Opt("Seeds 0..N-1.", min=1, max=1000)] = 3
     metrics: Annotated[tuple[str, ...], Opt("Which, comma-separated.", choices=("knn", "linear", "coverage"))] = (
         "knn",

@@ -8,12 +8,13 @@ from collections import Counter
 import numpy as np
 import oracles
 import pytest
+import torch
 from test_contract import clustered, shards_of
 
 from engine import nearest as nearest_module
 from engine.canonical import canonical_sqdist
 from engine.products import scores
-from engine.select import bounds, seeding
+from engine.select import bounds, cells, seeding
 from engine.select import lloyd as lloyd_module
 from engine.select.kmeans import Options, kmeans
 from engine.select.lloyd import lloyd
@@ -203,3 +204,52 @@ def test_d2_seeding_of_three_rows_with_more_candidates_than_rows(monkeypatch: py
 def test_seeding_takes_few_rounds() -> None:
     _, rounds = d2_seeds(shards_of(clustered(2000, 16)), 500, 0, (0,))
     assert rounds < 25
+
+
+def approximate(x: np.ndarray, block_rows: int = 64, neighbors: int = 3, k: int = 120, **more: object):
+    shards = shards_of(x, block_rows)
+    prepare(shards, NOTHING)
+    options = Options(restarts=2, iterations=9, exact_every=4, neighbors=neighbors, **more)
+    return list(kmeans(shards, Request(k, 0, NOTHING), options))
+
+
+def test_the_approximate_mode_does_not_depend_on_blocks_and_loses_little() -> None:
+    x = np.random.default_rng(2).standard_normal((1500, 8)).astype(np.float32)
+    found = approximate(x)[-1]
+    other = approximate(x, block_rows=500)[-1]
+    assert found.picks.tolist() == other.picks.tolist()
+    assert found.objective == other.objective
+    exact = last_step(x, Request(120, 0, NOTHING), restarts=2, iterations=9)
+    assert found.objective < 1.02 * exact.objective
+    assert found.objective != exact.objective
+
+
+def test_the_approximate_mode_with_all_neighbors_is_exact() -> None:
+    x = clustered(1500, 8)
+    exact = last_step(x, Request(120, 0, NOTHING), restarts=2, iterations=9)
+    found = approximate(x, neighbors=120)[-1]
+    assert found.picks.tolist() == exact.picks.tolist()
+    assert found.objective == exact.objective
+
+
+def test_the_approximate_mode_goes_on_from_any_step() -> None:
+    """From the last exact step: what rows were assigned to since then follows from it."""
+    x = clustered(1500, 8)
+    steps = approximate(x)
+    for resume in steps[:-1]:
+        shards = shards_of(x)
+        prepare(shards, NOTHING)
+        options = Options(restarts=2, iterations=9, exact_every=4, neighbors=3)
+        *_, last = kmeans(shards, Request(120, 0, NOTHING, resume=resume), options)
+        assert last.picks.tolist() == steps[-1].picks.tolist()
+        assert last.objective == steps[-1].objective
+
+
+def test_cells_hold_the_nearest_centres() -> None:
+    centres = np.random.default_rng(5).standard_normal((150, 6)).astype(np.float32)
+    found = cells.cells_of(torch.from_numpy(centres), 7)
+    sqdist = ((centres[:, None].astype(np.float64) - centres[None]) ** 2).sum(axis=2)
+    for centre in range(150):
+        assert set(np.argsort(sqdist[centre])[:8]) <= set(found.centres[found.cell[centre]])
+    assert len(found.centres) > 2
+    assert all((np.diff(mine) > 0).all() for mine in found.centres)

@@ -31,6 +31,9 @@ from engine.shards import Request, Step
 from engine.store import FeatureStore, table_bytes
 from engine.verbs import SelectOptions
 
+COLUMN = "column:"
+"""What begins a --labeled or --exclude that names a column of the features."""
+
 
 @dataclass(frozen=True)
 class Strategy:
@@ -104,7 +107,7 @@ def check_vectors(strategy: Strategy, store: FeatureStore) -> None:
 
 
 def read_labeled(uri: str | None, store: FeatureStore) -> Ints:
-    """Return the labelled pool rows, ascending, out of a selection folder, ids (.txt), or rows (.json, .npy).
+    """Return the labelled pool rows, ascending: of a selection folder, ids (.txt), rows (.json, .npy) or column:NAME.
 
     Rows without a vector (rejected images) are left out. Raises InputError for ids or rows the store doesn't know.
     """
@@ -112,7 +115,7 @@ def read_labeled(uri: str | None, store: FeatureStore) -> Ints:
 
 
 def read_excluded(uri: str | None, store: FeatureStore) -> Ints:
-    """Return the pool rows that may not be picked, ascending, out of a dedup folder, ids (.txt), or rows (.json, .npy).
+    """Return the pool rows that may not be picked, ascending: of a dedup folder, ids (.txt), rows (.json, .npy) or column:NAME.
 
     As `read_labeled`.
     """
@@ -139,9 +142,11 @@ def _read_rows(
 ) -> Ints:
     if uri is None:
         return np.empty(0, dtype=np.int64)
+    if uri.startswith(COLUMN):
+        return _rows_of_column(flag, uri.removeprefix(COLUMN), store)
     place = Place(uri)
     if not place.exists():
-        raise InputError(f"{flag} {uri!r} does not exist")
+        raise InputError(f"{flag} {uri!r} does not exist: give a folder, a .txt, .json or .npy file, or column:NAME")
     if uri.endswith(".txt"):
         return _rows_of_ids(flag, uri, place.read().decode().split("\n"), store)
     if uri.endswith(".npy"):
@@ -161,6 +166,15 @@ def _read_rows(
     if len(outside):
         raise InputError(f"{flag} {uri!r} names row {outside[0]}; the pool has rows 0 to {store.num_rows - 1}")
     return np.intersect1d(rows, store.rows)
+
+
+def _rows_of_column(flag: str, name: str, store: FeatureStore) -> Ints:
+    """Return the rows where a column of the store is true, or, if it is not boolean, holds a value."""
+    if name not in store.columns:
+        raise InputError(f"{flag} 'column:{name}': the features have no column {name!r} (one of: {', '.join(store.columns)})")
+    values = store.read_column(name)
+    mask = values.fill_null(False) if pa.types.is_boolean(values.type) else values.is_valid()
+    return np.asarray(store.rows[mask.to_numpy()], dtype=np.int64)
 
 
 def _rows_of_ids(flag: str, uri: str, lines: list[str], store: FeatureStore) -> Ints:
@@ -236,7 +250,7 @@ def select(options: SelectOptions, progress: Progress = no_progress) -> list[dic
     places = {count: out.at(str(count)) if len(budgets) > 1 else out for count in budgets}
     inputs = {"features": store.digest, "labeled": digest_of(labeled.tolist()), "excluded": digest_of(excluded.tolist())}
     identity = {**result_options(options), "options": result_options(chosen)}
-    reads = [uri for uri in (options.features, options.labeled, options.exclude) if uri]
+    reads = [uri for uri in (options.features, options.labeled, options.exclude) if uri and not uri.startswith(COLUMN)]
     claims = {
         count: Claim.of(place, "selection", inputs, {**identity, "count": count}, options.overwrite, reads)
         for count, place in places.items()

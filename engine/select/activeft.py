@@ -264,7 +264,7 @@ def activeft(shards: Shards, request: Request, options: Options) -> Iterator[Ste
         along = (gradient * free).sum(axis=1, keepdims=True)
         adam.move((gradient - along * free) / norms[:, None], options.rate)
         arrays = {"t": adam.t, "mean": adam.mean, "square": adam.square}
-        yield Step(step + 1, total + 1, nothing, np.empty(0), f"loss {loss:.4f}", loss, arrays=arrays)
+        yield Step(step + 1, total + 1, nothing, np.empty(0), "", loss, arrays=arrays)
     free, _ = _unit(adam.t)
     picks, products = snap(shards, free)
     yield Step(total + 1, total + 1, picks, products, columns={"similarity": products})

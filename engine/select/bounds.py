@@ -27,6 +27,7 @@ WORTH = 0.85
 """Share of the comparisons that a plan must leave at most to be worth its trouble."""
 GAPS = 2.0 ** np.arange(-24, 3, 0.25)
 """Edges of the bins in which gaps between bounds are counted, relative to the longest vector."""
+NO_GAPS = np.zeros(len(GAPS) + 1, dtype=np.int64)
 
 
 @dataclass(frozen=True)

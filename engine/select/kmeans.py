@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from engine.arrays import Floats, Ints
@@ -14,8 +15,8 @@ from engine.blocks import Block, fixed_point_scale
 from engine.canonical import canonical_sqdist
 from engine.nearest import Centres
 from engine.schema import Opt
-from engine.select.bounds import Motion
-from engine.select.lloyd import Matrix, assign, farthest_rows, largest_entry, lloyd
+from engine.select.cells import Approximation
+from engine.select.lloyd import AFRESH, LloydStep, Matrix, Since, assign, farthest_rows, largest_entry, lloyd
 from engine.select.seeding import d2_seeds, random_rows
 from engine.shards import Request, Shards, Step
 
@@ -27,6 +28,15 @@ class Options:
     iterations: Annotated[int, Opt("Lloyd steps; stops early once no row moves.", min=0, max=100_000)] = 20
     restarts: Annotated[int, Opt("Independent runs; the one of least inertia is kept.", min=1, max=1000)] = 5
     seeding: Annotated[str, Opt("First centres: D^2 sampling, or random rows as faiss does.", choices=("d2", "random"))] = "d2"
+    neighbors: Annotated[
+        int | None,
+        Opt(
+            "Approximate: compare a row only with centres near its own, with this many around each of them. Default: exact.",
+            min=1,
+            max=1_000_000,
+        ),
+    ] = None
+    exact_every: Annotated[int, Opt("With `neighbors`: steps from one exact step to the next.", min=2, max=100_000)] = 10
 
 
 @dataclass(frozen=True)
@@ -41,11 +51,25 @@ class Clusters:
     sqdist: Floats
     row: Ints
 
+    @classmethod
+    def none(cls) -> Clusters:
+        """Return what stands for no run yet."""
+        return cls(0, np.empty(0, dtype=np.int64), np.empty(0), np.empty(0, dtype=np.int64))
 
-def _summarise(block: Block, centres: Centres, scale: float, motion: Motion | None) -> Clusters:
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Return what a journal keeps of it."""
+        return {"inertia": np.array(self.inertia), "size": self.size, "sqdist": self.sqdist, "row": self.row}
+
+    @classmethod
+    def of(cls, arrays: dict[str, npt.NDArray[Any]]) -> Clusters:
+        """Return what `arrays` gave."""
+        return cls(int(arrays["inertia"]), arrays["size"], arrays["sqdist"], arrays["row"])
+
+
+def _summarise(block: Block, centres: Centres, scale: float, since: Since) -> Clusters:
     """Give each row its final centre; return the block's share of the clusters."""
     k = len(centres.column)
-    cluster = assign(block, centres, motion)
+    cluster = assign(block, centres, since)
     rows = np.arange(len(cluster), dtype=np.int64)
     own = canonical_sqdist(block.x, rows, centres.c.to(block.x.device), centres.column[cluster])
     sqdist, row = np.full(k, np.inf), np.full(k, -1, dtype=np.int64)
@@ -81,10 +105,6 @@ def _picks(shards: Shards, clusters: Clusters, centres: Matrix) -> Step:
     return Step(0, 0, picks, size.astype(np.float64), columns=columns)
 
 
-def _no_centres(shards: Shards) -> Matrix:
-    return np.empty((0, shards.d), dtype=np.float32)
-
-
 def _seeds(shards: Shards, request: Request, options: Options, restart: int) -> Ints:
     if options.seeding == "d2":
         return d2_seeds(shards, request.budget, request.seed, (restart,))[0]
@@ -97,6 +117,8 @@ def kmeans(shards: Shards, request: Request, options: Options) -> Iterator[Step]
     Labelled rows take part in the clustering and are not eligible (the multi-batch form when there are any). `gain`
     is the size of a pick's cluster, the objective the inertia: the sum of squared distances to the nearest centre.
 
+    With `neighbors` assignments are approximate, the last one too: see `cells`. The inertia is then that of the
+    assignment found, and a pick the nearest row of those in its cluster.
     Deviations from the released code: exactly `budget` picks (it drops empty clusters), and D^2 seeding by default
     (`seeding=random` is the released one's).
     """
@@ -107,28 +129,56 @@ def kmeans(shards: Shards, request: Request, options: Options) -> Iterator[Step]
     largest = max(shards.map(largest_entry))
     scale = fixed_point_scale(shards.n, 4 * shards.d * largest * largest)
     total = options.restarts * options.iterations + 1
-    best: tuple[Clusters, Matrix] | None = None
-    first, done, centres = 0, 0, _no_centres(shards)
-    if request.resume is not None:
-        first, done = divmod(request.resume.number - 1, max(1, options.iterations))
-        done, centres = done + 1, request.resume.arrays["centres"]
-        if first:
-            kept: Matrix = request.resume.arrays["best"]
-            best = shards.map(_summarise, Centres.of(torch.tensor(kept)), scale, None, combine=_closer), kept
-    for restart in range(first, options.restarts):
-        if restart > first or not len(centres):
-            centres, done = shards.take(_seeds(shards, request, options, restart)).numpy(), 0
-        motion: Motion | None = None
-        for step in lloyd(shards, centres, options.iterations - done, largest):
-            centres, motion = step.centres, step.motion
-            note = f"restart {restart + 1} of {options.restarts}, {step.moved:,} rows moved"
-            arrays = {"centres": centres, "best": best[1] if best else _no_centres(shards)}
-            number = restart * options.iterations + done + step.number
-            yield Step(number, total, nothing, np.empty(0), note, step.inertia, arrays=arrays)
+    run = _Run(shards, request, options, largest, scale)
+    for restart, step, anchor in run.steps():
+        note = f"restart {restart + 1} of {options.restarts}, {step.moved:,} rows moved"
+        arrays = {"at": np.array(anchor[:2]), "centres": anchor[2], "best": run.best_centres, **run.best_clusters.arrays()}
+        number = restart * options.iterations + step.number
+        yield Step(number, total, nothing, np.empty(0), note, step.inertia, arrays=arrays)
+    last = _picks(shards, run.best_clusters, run.best_centres)
+    yield replace(last, number=total, total=total, objective=run.best_clusters.inertia / scale)
+
+
+Anchor = tuple[int, int, Matrix]
+"""(restart, Lloyd steps done, the centres then): a place from which the steps after it follow."""
+
+
+class _Run:
+    """The restarts, one after the other, and the best of those that are through."""
+
+    def __init__(self, shards: Shards, request: Request, options: Options, largest: float, scale: float) -> None:
+        self.shards, self.request, self.options, self.largest, self.scale = shards, request, options, largest, scale
+        self.near = Approximation(options.neighbors, options.exact_every) if options.neighbors else None
+        self.best_clusters, self.best_centres = Clusters.none(), np.empty((0, shards.d), dtype=np.float32)
+
+    def _finish(self, centres: Matrix, since: Since) -> None:
+        """Summarise a restart's end; keep it if it is the best."""
         ready = Centres.of(torch.tensor(centres))
-        clusters: Clusters = shards.map(_summarise, ready, scale, motion, combine=_closer)
-        if best is None or clusters.inertia < best[0].inertia:
-            best = clusters, centres
-    assert best is not None
-    last = _picks(shards, *best)
-    yield replace(last, number=total, total=total, objective=best[0].inertia / scale)
+        clusters: Clusters = self.shards.map(_summarise, ready, self.scale, since, combine=_closer)
+        if not len(self.best_centres) or clusters.inertia < self.best_clusters.inertia:
+            self.best_clusters, self.best_centres = clusters, centres
+
+    def _from(self, anchor: Anchor) -> Iterator[tuple[int, LloydStep, Anchor]]:
+        """Yield the steps of a restart from an anchor on, each with the last anchor before its end."""
+        restart, done, centres = anchor
+        every = self.near.exact_every if self.near else 1
+        since = AFRESH
+        for step in lloyd(self.shards, centres, self.options.iterations - done, self.largest, self.near):
+            step = replace(step, number=done + step.number)
+            centres, since = step.centres, step.since
+            if step.number % every == 0:
+                anchor = restart, step.number, centres
+            yield restart, step, anchor
+        self._finish(centres, since)
+
+    def steps(self) -> Iterator[tuple[int, LloydStep, Anchor]]:
+        """Yield (restart, step, anchor) to the end of the last restart."""
+        first, resume = 0, self.request.resume
+        if resume is not None:
+            self.best_clusters, self.best_centres = Clusters.of(resume.arrays), resume.arrays["best"]
+            first, done = (int(value) for value in resume.arrays["at"])
+            yield from self._from((first, done, resume.arrays["centres"]))
+            first += 1
+        for restart in range(first, self.options.restarts):
+            centres = self.shards.take(_seeds(self.shards, self.request, self.options, restart)).numpy()
+            yield from self._from((restart, 0, centres))

@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.arrays import Ints
+from engine.arrays import Bools, Ints
 from engine.blocks import Block, Ranked, fixed_point_scale, fixed_point_sums, merge_smallest, smallest
 from engine.nearest import Centres, nearest_sqdist
-from engine.select.bounds import Bounded, Motion, plan
+from engine.select.bounds import NO_GAPS, Bounded, Motion, plan
+from engine.select.cells import Approximation, Cells, assign_near, cells_of
 from engine.shards import Shards
 
 Matrix = npt.NDArray[np.float32]
@@ -43,13 +44,25 @@ class Delta:
     gaps: Ints
 
 
-def assign(block: Block, centres: Centres, motion: Motion | None) -> Ints:
-    """Give each row its nearest centre, (r,), and keep it in the block with its bounds.
+@dataclass(frozen=True)
+class Since:
+    """What the blocks know since a step before: how centres moved, exactly; or which moved (k,), and their cells."""
 
-    `motion` is how the centres moved since the block was last asked; None where it was not, or for other centres.
-    """
+    motion: Motion | None = None
+    near: tuple[Cells, Bools] | None = None
+
+
+AFRESH = Since()
+"""Nothing is known, or of other centres."""
+
+
+def assign(block: Block, centres: Centres, since: Since) -> Ints:
+    """Give each row its nearest centre, (r,), of those near its own one with cells, and keep it in the block."""
+    if since.near is not None and "cluster" in block.state:
+        return assign_near(block, centres, *since.near)
     side = Bounded(block, centres)
-    block.state["cluster"] = side.fresh() if motion is None or "lower" not in block.state else side.after(motion)
+    known = since.motion is not None and "lower" in block.state
+    block.state["cluster"] = side.after(since.motion) if known and since.motion else side.fresh()
     found: Ints = block.state["cluster"]
     return found
 
@@ -57,23 +70,24 @@ def assign(block: Block, centres: Centres, motion: Motion | None) -> Ints:
 def _first(block: Block, centres: Centres, scale: float, longest: float) -> Delta:
     """Give each row its first centre, which D^2 seeding may have found already; return all clusters' sums."""
     if block.state.pop("seeded", 0) != len(centres.column):
-        assign(block, centres, None)
+        assign(block, centres, AFRESH)
     new = block.state["cluster"]
     touched, place = np.unique(new, return_inverse=True)
     sums = fixed_point_sums(block.x, np.arange(len(new), dtype=np.int64), place, len(touched), scale)
     return Delta(touched, sums, np.bincount(place), len(new), Bounded(block, centres).gaps(longest))
 
 
-def _next(block: Block, centres: Centres, scale: float, longest: float, motion: Motion | None) -> Delta:
+def _next(block: Block, centres: Centres, scale: float, longest: float, since: Since) -> Delta:
     """Give each row its nearest centre; return what the moves add to and take from the clusters."""
     old = block.state["cluster"]
-    new = assign(block, centres, motion)
+    new = assign(block, centres, since)
     rows = np.flatnonzero(new != old)
     touched, place = np.unique(np.concatenate([new[rows], old[rows]]), return_inverse=True)
     came, went = place[: len(rows)], place[len(rows) :]
     sums = fixed_point_sums(block.x, rows, came, len(touched), scale, went)
     counts = np.bincount(came, minlength=len(touched)) - np.bincount(went, minlength=len(touched))
-    return Delta(touched, sums, counts, len(rows), Bounded(block, centres).gaps(longest))
+    gaps = NO_GAPS if since.near else Bounded(block, centres).gaps(longest)
+    return Delta(touched, sums, counts, len(rows), gaps)
 
 
 def _add(a: Delta, b: Delta) -> Delta:
@@ -102,52 +116,73 @@ def farthest_rows(shards: Shards, centres: Matrix, taken: Ints, m: int) -> Ranke
 
 @dataclass(frozen=True)
 class LloydStep:
-    """A Lloyd step, numbered from 1: rows that changed cluster, the centres after it (k, d), and how they moved.
+    """A Lloyd step, numbered from 1: rows that changed cluster, the centres after it (k, d).
 
-    `inertia` is that of the clusters as they are, around their new means. A next step, or a last assignment, goes on
-    from the blocks with `motion`.
+    `inertia` is that of the clusters as they are, around their new means. A last assignment goes on from the blocks with
+    `since`.
     """
 
     number: int
     moved: int
     inertia: float
     centres: Matrix
-    motion: Motion | None
+    since: Since
 
 
 def _sum_of_squares(block: Block, scale: float) -> int:
     return int(np.rint(block.norms * block.norms * scale).astype(np.int64).sum())
 
 
-def lloyd(shards: Shards, centres: Matrix, iterations: int, largest: float) -> Iterator[LloydStep]:
-    """Yield Lloyd steps; ends once a step moves nothing.
+class _Clusters:
+    """The driver's side: every cluster's sum (k, d) and count (k,), and the pool's sum of squares."""
 
-    `largest` is max |x| over the pool. An empty cluster starts again at the eligible row farthest from its own
-    centre.
-    """
-    scale, longest = fixed_point_scale(shards.n, largest), largest * np.sqrt(shards.d)
-    square_scale = fixed_point_scale(shards.n, longest * longest)
-    squares = sum(shards.map(_sum_of_squares, square_scale)) / square_scale
-    sums, counts = np.zeros(centres.shape, dtype=np.int64), np.zeros(len(centres), dtype=np.int64)
-    motion: Motion | None = None
-    for step in range(1, iterations + 1):
-        ready = Centres.of(torch.tensor(centres))
-        given = (ready, scale, longest)
-        delta: Delta
-        delta = shards.map(_first, *given, combine=_add) if step == 1 else shards.map(_next, *given, motion, combine=_add)
-        if delta.moved == 0:
-            return
-        sums[delta.touched] += delta.sums
-        counts[delta.touched] += delta.counts
-        full, empty = counts > 0, np.flatnonzero(counts == 0)
-        means = sums[full] / scale / counts[full, None]
+    def __init__(self, shards: Shards, k: int, largest: float) -> None:
+        self.shards, self.scale = shards, fixed_point_scale(shards.n, largest)
+        self.longest = largest * float(np.sqrt(shards.d))
+        square_scale = fixed_point_scale(shards.n, self.longest * self.longest)
+        self.squares = sum(shards.map(_sum_of_squares, square_scale)) / square_scale
+        self.sums, self.counts = np.zeros((k, shards.d), dtype=np.int64), np.zeros(k, dtype=np.int64)
+
+    def change(self, delta: Delta, centres: Matrix) -> tuple[Matrix, float]:
+        """Apply what a step changed; return the new centres and the inertia of the clusters around their means."""
+        self.sums[delta.touched] += delta.sums
+        self.counts[delta.touched] += delta.counts
+        full, empty = self.counts > 0, np.flatnonzero(self.counts == 0)
+        means = self.sums[full] / self.scale / self.counts[full, None]
         after = centres.copy()
         after[full] = means.astype(np.float32)
         if len(empty):
-            negated, rows = farthest_rows(shards, centres, np.empty(0, dtype=np.int64), len(empty))
+            negated, rows = farthest_rows(self.shards, centres, np.empty(0, dtype=np.int64), len(empty))
             rows = rows[negated < 0]
-            after[empty[: len(rows)]] = shards.take(rows).numpy()
-        motion = plan(torch.from_numpy(centres), torch.from_numpy(after), delta.gaps, longest)
-        centres = after
-        inertia = max(0.0, squares - float((counts[full] * (means * means).sum(axis=1)).sum()))
-        yield LloydStep(step, delta.moved, inertia, centres, motion)
+            after[empty[: len(rows)]] = self.shards.take(rows).numpy()
+        return after, max(0.0, self.squares - float((self.counts[full] * (means * means).sum(axis=1)).sum()))
+
+
+def lloyd(
+    shards: Shards, centres: Matrix, iterations: int, largest: float, approximation: Approximation | None = None
+) -> Iterator[LloydStep]:
+    """Yield Lloyd steps; ends once an exact step moves nothing.
+
+    `largest` is max |x| over the pool. An empty cluster starts again at the eligible row farthest from its own
+    centre. With an approximation the first step and every `exact_every`-th after it are exact.
+    """
+    clusters = _Clusters(shards, len(centres), largest)
+    since, cells = AFRESH, None
+    for step in range(1, iterations + 1):
+        exact = approximation is None or cells is None or (step - 1) % approximation.exact_every == 0
+        given = (Centres.of(torch.tensor(centres)), clusters.scale, clusters.longest)
+        delta: Delta
+        if step == 1:
+            delta = shards.map(_first, *given, combine=_add)
+        else:
+            delta = shards.map(_next, *given, AFRESH if approximation and exact else since, combine=_add)
+        if delta.moved == 0 and exact:
+            return
+        before, (centres, inertia) = centres, clusters.change(delta, centres)
+        if approximation is None:
+            motion = plan(torch.from_numpy(before), torch.from_numpy(centres), delta.gaps, clusters.longest)
+            since = Since(motion=motion)
+        else:
+            cells = cells_of(torch.tensor(centres), approximation.neighbors) if exact else cells if delta.moved else None
+            since = Since(near=(cells, (before != centres).any(axis=1))) if cells else AFRESH
+        yield LloydStep(step, delta.moved, inertia, centres, since)
