@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("features", nargs="?")
     parser.add_argument("--budgets", default="200,500")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rival-steps", type=int, default=100)
+    parser.add_argument("--rival-steps", type=int, default=100, help="fewer, to save time at large budgets")
     parser.add_argument("--only", choices=("ours", "rival"), help="run this method and print what it took: used inside")
     options = parser.parse_args()
     x, shards = load(options.features)

@@ -6,10 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from test_contract import NOTHING, QUICK, clustered, shards_of
 from test_invariance import same
@@ -17,7 +18,7 @@ from test_invariance import same
 from engine.folders import Place
 from engine.runner import Journal, run_method
 from engine.select import STRATEGIES, strategy_options
-from engine.shards import LocalShards, LostShardError, Request, Step
+from engine.shards import LocalShards, LostShardError, RayShards, Reading, Request, Step, open_local
 from engine.store import FeatureStore
 
 ROOT = Path(__file__).parents[1]
@@ -114,93 +115,125 @@ def test_shards_lost_again_and_again_are_an_error() -> None:
         run("kmeans", shards)
 
 
-def pool(tmp_path: Path) -> Path:
-    """A store on which every strategy takes several steps."""
+@dataclass(frozen=True)
+class Case:
+    """A run of a strategy that takes several steps: rows of the pool, picks, options."""
+
+    rows: int
+    budget: int
+    options: dict[str, str] = field(default_factory=dict)
+
+
+KILLED = {
+    "kmeans": Case(30_000, 300, {"restarts": "2", "iterations": "8"}),
+    "coreset": Case(30_000, 600, {"candidates": "32"}),
+    "activeft": Case(30_000, 200, {"steps": "12"}),
+    "freesel": Case(20_000, 2000),
+    "typiclust": Case(10_000, 100),
+    "hierarchical": Case(20_000, 200, {"levels": "300,20"}),
+    "maxherding": Case(3_000, 60),
+    "probcover": Case(4_000, 300, {"delta": "1.1"}),
+    "facility_location": Case(9_000, 4000),
+}
+"""Every strategy but `random` and `uniform`, which take one step and keep nothing."""
+PLACES = (0.0, 0.5, 1.0)
+"""Where a run is killed: after its first journal entry, near the middle, before the last."""
+
+DRIVER = """
+import os, runpy, signal, sys
+from engine.runner import Journal
+target, sys.argv = int(sys.argv[1]), ["coresift", *sys.argv[2:]]
+write = Journal.write
+def write_and_die(self, step):
+    write(self, step)
+    if step.number >= target:
+        os.kill(os.getpid(), signal.SIGKILL)
+Journal.write = write_and_die
+runpy.run_module("cli", run_name="__main__")
+"""
+"""The command line in a process that kills itself once the journal holds a step of the number named."""
+NEVER = 10**9
+
+
+def pool(tmp_path: Path, rows: int) -> Path:
     from engine.ingest import import_features
     from engine.verbs import ImportOptions
 
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((300, 48)).astype(np.float32)
-    x = centres[rng.integers(0, 300, 30_000)] + 0.8 * rng.standard_normal((30_000, 48)).astype(np.float32)
-    np.savez(tmp_path / "x.npz", features=x, labels=rng.integers(0, 10, 30_000))
+    x = centres[rng.integers(0, 300, rows)] + 0.8 * rng.standard_normal((rows, 48)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", features=x, labels=rng.integers(0, 10, rows))
     import_features(ImportOptions(file=str(tmp_path / "x.npz"), out=str(tmp_path / "features")))
     return tmp_path / "features"
 
 
-KILLED = {
-    "kmeans": ["--budget", "300", "--option", "restarts=2", "--option", "iterations=8"],
-    "coreset": ["--budget", "600", "--option", "candidates=32"],
-    "activeft": ["--budget", "200", "--option", "steps=12"],
-}
-"""Strategies that keep state, on sizes that take several steps."""
+def targets(numbers: list[int]) -> list[int]:
+    """Return the step numbers at which a run that counts like this is killed: three, the last step's not among them."""
+    before_the_last = sorted(set(numbers))[:-1]
+    places = [before_the_last[round(share * (len(before_the_last) - 1))] for share in PLACES]
+    assert len(set(places)) == 3, f"the run has too few steps to be killed three times: {numbers}"
+    return places
 
 
-def command(features: Path, out: Path, name: str, workers: int) -> list[str]:
-    fixed = ["--strategy", name, "--out", str(out), "--journal-s", "0", "--workers", str(workers), "--quiet"]
-    return [sys.executable, "-m", "cli", "select", str(features), *fixed, *KILLED[name]]
+def unbroken(name: str, features: Path) -> tuple[Step, list[int]]:
+    """Run a case here without a cut; return its last step and the numbers of all."""
+    case, numbers = KILLED[name], []
 
+    def progress(stage: str, done: int, total: int, note: str) -> None:
+        numbers.append(done)
 
-def journal_number(out: Path) -> int:
-    step = Journal(Place(str(out / "journal.npz")), 0.0).read()
-    return step.number if step else -1
+    _, method, options = strategy_options(name, case.options)
+    shards = open_local(FeatureStore(str(features)), Reading(True))
+    return run_method(method, shards, Request(case.budget, 0, NOTHING), options, progress), numbers
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(KILLED))
 def test_kill_of_the_driver(name: str, tmp_path: Path) -> None:
     """kill -9 after the first journal entry, near the middle and before the last; then once more to the end."""
-    features = pool(tmp_path)
-    whole, out = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(features, whole, name, 0), cwd=ROOT, check=True)
-    numbers: list[int] = []
-    for share in (0.0, 0.5, 0.9):
-        process = subprocess.Popen(command(features, out, name, 0), cwd=ROOT)
-        try:
-            while process.poll() is None:
-                step = Journal(Place(str(out / "journal.npz")), 0.0).read() if out.exists() else None
-                if step is not None and step.number > max([-1, *numbers]) and step.number >= share * step.total:
-                    break
-                time.sleep(0.005)
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        if not (out / "manifest.json").exists():
-            numbers.append(journal_number(out))
-    assert numbers, "the run ended before it could be killed"
-    assert numbers == sorted(numbers)
-    subprocess.run(command(features, out, name, 0), cwd=ROOT, check=True)
-    assert (out / "picks.parquet").read_bytes() == (whole / "picks.parquet").read_bytes()
+    case, features, out = KILLED[name], pool(tmp_path, KILLED[name].rows), tmp_path / "killed"
+    whole, numbers = unbroken(name, features)
+    pairs = [word for option in case.options.items() for word in ("--option", "=".join(option))]
+    given = ["select", str(features), "--strategy", name, "--budget", str(case.budget), "--out", str(out), *pairs]
+    journal = Journal(Place(str(out / "journal.npz")), 0.0)
+
+    def until(target: int) -> int:
+        words = [sys.executable, "-c", DRIVER, str(target), *given, "--journal-s", "0", "--workers", "0", "--quiet"]
+        return subprocess.run(words, cwd=ROOT, check=False).returncode
+
+    for target in targets(numbers):
+        assert until(target) == -signal.SIGKILL
+        step = journal.read()
+        assert step is not None
+        assert target <= step.number < step.total
+    assert until(NEVER) == 0
     assert not (out / "journal.npz").exists()
+    picks = pq.read_table(out / "picks.parquet")
+    assert picks["row"].to_numpy().tobytes() == whole.picks.tobytes()
+    assert picks["gain"].to_numpy(zero_copy_only=False).tobytes() == whole.gains.tobytes()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(KILLED))
 def test_kill_of_a_shard_actor(ray_session: None, name: str, tmp_path: Path) -> None:
-    """An actor's process is killed with -9 after the first step, in the middle and before the last."""
+    """An actor's process is killed with -9 after the first step, near the middle and before the last."""
     import ray
 
-    from engine.schema import parse_pairs
-    from engine.shards import RayShards, Reading
-
-    features = FeatureStore(str(pool(tmp_path)))
-    given = parse_pairs([word for word in KILLED[name] if "=" in word], "option")
-    _, method, options = strategy_options(name, given)
-    request = Request(int(KILLED[name][1]), 0, NOTHING)
-    from engine.shards import open_local
-
-    whole = run_method(method, open_local(features, Reading(True)), request, options)
-    shards = RayShards(features, 2, 2, Reading(True))
+    case, features = KILLED[name], pool(tmp_path, KILLED[name].rows)
+    whole, numbers = unbroken(name, features)
+    _, method, options = strategy_options(name, case.options)
+    shards = RayShards(FeatureStore(str(features)), 2, 2, Reading(True))
     killed: list[int] = []
+    places = targets(numbers)
 
     def progress(stage: str, done: int, total: int, note: str) -> None:
-        if len(killed) < 3 and done >= (0, 0.5, 0.85)[len(killed)] * total:
-            victim = shards.actors[len(killed) % 2]
-            pid = ray.get(victim.pid.remote())
-            os.kill(pid, signal.SIGKILL)
+        if len(killed) < 3 and done >= places[len(killed)] and done < total:
+            victim = shards.actors[len(killed) % len(shards.actors)]
+            os.kill(ray.get(victim.pid.remote()), signal.SIGKILL)
             killed.append(done)
 
     try:
-        assert same(run_method(method, shards, request, options, progress), whole)
+        assert same(run_method(method, shards, Request(case.budget, 0, NOTHING), options, progress), whole)
         assert len(killed) == 3
     finally:
         shards.close()
