@@ -94,7 +94,8 @@ def main() -> None:
         first = next(iter(runs.values()))
         for name, run in runs.items():
             reached = run.get("reached_s", run["s"])
-            times = f"{first['s'] / run['s']:.2f} x as fast, {first['s'] / reached:.2f} to its inertia"
+            there = "its inertia not reached" if np.isnan(reached) else f"{first['s'] / reached:.2f} to its inertia"
+            times = f"{first['s'] / run['s']:.2f} x as fast, {there}"
             print(f"{k:>6} {name:<28}{run['s']:>9.2f}{reached:>9.2f}{run['inertia']:>14.2f}", end="")
             print(f"   {times}, inertia {run['inertia'] / first['inertia']:.4f}", flush=True)
             results.append({"k": k, "method": name, **run})

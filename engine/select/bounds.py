@@ -23,6 +23,8 @@ SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 """Shares of the centres that may be taken for those that moved far."""
 AGAIN = 1.2
 """What comparing a row with all centres costs where it stands among others that are not, against where all are."""
+UPKEEP = 25
+"""Comparisons that a row's bounds cost to keep and to tighten."""
 WORTH = 0.85
 """Share of the comparisons that a plan must leave at most to be worth its trouble."""
 GAPS = 2.0 ** np.arange(-24, 3, 0.25)
@@ -52,8 +54,9 @@ def plan(before: torch.Tensor, after: torch.Tensor, gaps: Ints, longest: float) 
     for count in {*(int(share * k) for share in SHARES), int((moves > 0).sum())}:
         rest = moves[order[count]] if count < k else 0.0
         met = below[np.searchsorted(GAPS * longest, rest + moves.mean())]
-        if count / k + AGAIN * met < cost:
-            best, cost = count, count / k + AGAIN * met
+        expected = (count + UPKEEP) / k + AGAIN * met
+        if expected < cost:
+            best, cost = count, expected
     return Motion(moves, np.sort(order[:best]), float(moves[order[best]])) if cost < WORTH else None
 
 
