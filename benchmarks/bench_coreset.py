@@ -1,10 +1,10 @@
 """How much faster is batched core-set than one pick at a time, and are the picks the same?
 
-    python benchmarks/bench_coreset.py [FEATURES] [--budget 1000] [--faiss-picks 50]
+    python benchmarks/bench_coreset.py [FEATURES] [--budget 1000] [--faiss-turns 21]
 
 Rivals in the same run: one-at-a-time greedy in torch (a matrix-vector product a pick, float32), in float64 (the exact
-reference, ten lines), and a loop that rebuilds a faiss index of the picks for every pick (timed on the first
---faiss-picks and scaled: its cost a pick only grows).
+reference, ten lines), and a loop that rebuilds a faiss index of the picks for every pick (timed at --faiss-turns sizes
+of the index: its cost a pick only grows).
 """
 
 from __future__ import annotations
@@ -46,21 +46,29 @@ def greedy_float32(x: np.ndarray, first: int, budget: int) -> list[int]:
         picks.append(int(nearest.argmax()))
 
 
-def greedy_faiss(x: np.ndarray, first: int, budget: int) -> list[int]:
-    picks = [first]
-    while len(picks) < budget:
+def greedy_faiss(x: np.ndarray, picks: list[int], sizes: list[int]) -> tuple[float, float]:
+    """Return the time of a loop that rebuilds a faiss index of the picks for every pick, and how often it picks the same.
+
+    One turn of the loop at each of some sizes, the times between them by interpolation.
+    """
+    seconds, same = [], []
+    for size in sizes:
+        began = time.perf_counter()
         index = faiss.IndexFlatL2(x.shape[1])
-        index.add(x[picks])
+        index.add(x[picks[:size]])
         distance, _ = index.search(x, 1)
-        picks.append(int(distance[:, 0].argmax()))
-    return picks
+        chosen = int(distance[:, 0].argmax())
+        seconds.append(time.perf_counter() - began)
+        same.append(chosen == picks[size])
+    every = np.arange(1, len(picks))
+    return float(np.interp(every, sizes, seconds).sum()), float(np.mean(same))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("features", nargs="?")
     parser.add_argument("--budget", type=int, default=500)
-    parser.add_argument("--faiss-picks", type=int, default=50)
+    parser.add_argument("--faiss-turns", type=int, default=21)
     options = parser.parse_args()
     x, shards = load(options.features)
     print(f"{len(x)} x {x.shape[1]}, {options.budget} picks, {machine()}")
@@ -76,11 +84,9 @@ def main() -> None:
     began = time.perf_counter()
     reference = exact(x, first, options.budget)
     rows.append(("float64, one at a time", time.perf_counter() - began, float(np.mean(np.array(reference) == last.picks))))
-    began = time.perf_counter()
-    few = greedy_faiss(x, first, options.faiss_picks)
-    per_pick = (time.perf_counter() - began) / max(1, options.faiss_picks - 1)
-    agree = float(np.mean(np.array(few) == last.picks[: options.faiss_picks]))
-    rows.append((f"faiss index for every pick (first {options.faiss_picks}, scaled)", per_pick * options.budget, agree))
+    sizes = np.unique(np.linspace(1, options.budget - 1, options.faiss_turns).astype(int)).tolist()
+    faiss_s, agree = greedy_faiss(x, picks, sizes)
+    rows.append((f"faiss index for every pick ({len(sizes)} turns, interpolated)", faiss_s, agree))
     print(f"{'':<52}{'seconds':>9}{'/ ours':>8}{'same picks':>12}")
     for name, seconds, share in rows:
         print(f"{name:<52}{seconds:>9.2f}{seconds / ours_s:>8.1f}{share:>11.1%}")

@@ -73,27 +73,37 @@ class _Candidates:
             value = min(value, float(exact.min()))
         return value
 
-    def best(self) -> tuple[float, int, int]:
-        """Return (-distance, row, index) of the farthest open candidate; ties go to the smaller row."""
+    def best(self, bound: tuple[float, int]) -> int:
+        """Return the farthest open candidate, the smaller row of equal ones; -1 where `bound` (-distance, row) comes first."""
         contenders = np.flatnonzero(self.current >= self.current.max() - 2 * self.error)
-        return min((-self._canonical(int(c)), int(self.rows[c]), int(c)) for c in contenders)
+        first = int(contenders[0])
+        if len(contenders) == 1 and self.current[first] - 2 * self.error > -bound[0]:
+            return first
+        distance, row, index = min((-self._canonical(int(c)), int(self.rows[c]), int(c)) for c in contenders)
+        return index if (distance, row) <= bound else -1
 
     def pick(self, candidate: int) -> None:
         self.picked.append(candidate)
         np.minimum(self.current, self.pairwise[candidate], out=self.current)
         self.current[self.picked] = -np.inf
 
+    def gains(self) -> Floats:
+        """Return each pick's exact squared distance to everything there before it, in pick order."""
+        picked = np.array(self.picked, dtype=np.int64)
+        gains = self.sqdist[picked]
+        among = np.where(np.tri(len(picked), k=-1, dtype=np.bool_), self.pairwise[np.ix_(picked, picked)], np.inf)
+        later, earlier = np.nonzero(among <= np.minimum(among.min(axis=1, initial=np.inf), gains)[:, None] + 2 * self.error)
+        np.minimum.at(gains, later, canonical_sqdist(self.x, picked[later], self.x, picked[earlier]))
+        return gains
 
-def _greedy(candidates: _Candidates, bound: tuple[float, int], wanted: int) -> list[tuple[int, float]]:
-    """Pick among the candidates while the best of them beats `bound`; returns (index, squared distance)."""
-    made: list[tuple[int, float]] = []
-    while len(made) < min(wanted, len(candidates.rows)):
-        distance, row, index = candidates.best()
-        if (distance, row) > bound:
-            break
+
+def _greedy(candidates: _Candidates, bound: tuple[float, int], wanted: int) -> None:
+    """Pick among the candidates while the best of them beats `bound`."""
+    while len(candidates.picked) < min(wanted, len(candidates.rows)):
+        index = candidates.best(bound)
+        if index < 0:
+            return
         candidates.pick(index)
-        made.append((index, -distance))
-    return made
 
 
 def coreset(shards: Shards, request: Request, options: Options) -> Iterator[Step]:
@@ -125,9 +135,9 @@ def coreset(shards: Shards, request: Request, options: Options) -> Iterator[Step
             return
         bound = (float(negated[m]), int(rows[m])) if len(rows) > m else (np.inf, -1)
         candidates = _Candidates(shards.take(rows[:m]), rows[:m], -negated[:m])
-        made = _greedy(candidates, bound, request.budget - len(picks))
-        new = rows[[index for index, _ in made]]
+        _greedy(candidates, bound, request.budget - len(picks))
+        new = rows[candidates.picked]
         picks += new.tolist()
-        gains += [float(np.sqrt(sqdist)) for _, sqdist in made]
-        ranked = find(Centres.of(candidates.x[torch.tensor([index for index, _ in made])]), new, m)
+        gains += np.sqrt(candidates.gains()).tolist()
+        ranked = find(Centres.of(candidates.x[torch.tensor(candidates.picked)]), new, m)
         rounds += 1
