@@ -17,23 +17,13 @@ from dataclasses import replace
 
 import faiss
 import numpy as np
-from data import load, machine
+from data import inertia, load, machine
 from sklearn.cluster import KMeans
 
 from engine.select.kmeans import Options, kmeans
 from engine.shards import LocalShards, Request, prepare
 
 NOTHING = np.empty(0, dtype=np.int64)
-
-
-def inertia(x: np.ndarray, centres: np.ndarray) -> float:
-    """Return the sum of squared distances to the nearest centre, in float64, a chunk at a time."""
-    wide, total = centres.astype(np.float64), 0.0
-    squares = (wide**2).sum(axis=1)
-    for start in range(0, len(x), 4096):
-        part = x[start : start + 4096].astype(np.float64)
-        total += float(((part**2).sum(axis=1) + (squares - 2 * part @ wide.T).min(axis=1)).sum())
-    return total
 
 
 def ours(shards: LocalShards, k: int, options: Options, goal: float) -> dict[str, float]:

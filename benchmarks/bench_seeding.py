@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 import torch
-from data import load, machine
+from data import inertia, load, machine
 
 from engine.select.seeding import d2_seeds
 from engine.shards import prepare
@@ -36,15 +36,6 @@ def one_at_a_time(x: torch.Tensor, k: int, seed: int) -> np.ndarray:
         picks.append(int(torch.searchsorted(mass, rng.random() * mass[-1].item(), right=True)))
 
 
-def potential(x: torch.Tensor, picks: np.ndarray) -> float:
-    centres, total = x[torch.from_numpy(picks)].double(), 0.0
-    squares = (centres * centres).sum(dim=1)
-    for part in x.split(4096):
-        wide = part.double()
-        total += float(((wide * wide).sum(dim=1) + (squares - 2 * wide @ centres.T).amin(dim=1)).clamp_(min=0).sum())
-    return total
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("features", nargs="?")
@@ -60,11 +51,11 @@ def main() -> None:
         prepare(shards, NOTHING)
         began = time.perf_counter()
         picks, number = d2_seeds(shards, options.k, seed, (0,))
-        found["coresift"].append((time.perf_counter() - began, potential(pool, picks)))
+        found["coresift"].append((time.perf_counter() - began, inertia(x, x[picks])))
         rounds.append(number)
         began = time.perf_counter()
         picks = one_at_a_time(pool, options.k, seed)
-        found["one at a time"].append((time.perf_counter() - began, potential(pool, picks)))
+        found["one at a time"].append((time.perf_counter() - began, inertia(x, x[picks])))
     means = {name: np.array(values).mean(axis=0) for name, values in found.items()}
     for name, (seconds, value) in means.items():
         print(f"{name:<16}{seconds:>8.2f} s   potential {value:.1f}")

@@ -17,10 +17,10 @@ from engine.placement import open_shards
 from engine.runner import Method, run_method
 from engine.schema import InputError, Progress, no_progress, parse_budgets, parse_pairs, result_options
 from engine.select import (
-    COLUMN,
     Strategy,
     check_labels,
     check_vectors,
+    places_read,
     prefix,
     read_excluded,
     strategy_options,
@@ -154,28 +154,27 @@ def compare(options: CompareOptions, progress: Progress = no_progress) -> dict[s
     place = Place(options.out)
     inputs = {"features": store.digest, "test": FeatureStore(options.test).digest if options.test else None}
     inputs |= {"excluded": digest_of(excluded.tolist())} if options.exclude else {}
-    reads = [uri for uri in (options.features, options.test, options.exclude) if uri and not uri.startswith(COLUMN)]
+    reads = places_read(options.features, options.test, options.exclude)
     claim = Claim.of(place, "comparison", inputs, result_options(options), options.overwrite, reads)
     published = claim.published()
     if published is not None:
         return published
     columns = tuple(dict.fromkeys(name for entrant in entrants for name in entrant.strategy.columns))
-    shards, close = open_shards(store, options, True, columns)
-    claim.take()
-    arena = Arena(place, store, shards, test, excluded, options)
-    finished, total = 0, len(entrants) * options.seeds * len(counts)
+    with open_shards(store, options, True, columns) as shards:
+        claim.take()
+        arena = Arena(place, store, shards, test, excluded, options)
+        finished, total = 0, len(entrants) * options.seeds * len(counts)
 
-    def done(note: str) -> None:
-        nonlocal finished
-        finished += 1
-        progress("compare", finished, total, note)
+        def done(note: str) -> None:
+            nonlocal finished
+            finished += 1
+            progress("compare", finished, total, note)
 
-    cells = []
-    progress("compare", 0, total, "")
-    for seed in range(options.seeds):
-        for entrant in entrants:
-            _run(arena, entrant, seed, counts, done)
-    close()
+        cells = []
+        progress("compare", 0, total, "")
+        for seed in range(options.seeds):
+            for entrant in entrants:
+                _run(arena, entrant, seed, counts, done)
     for entrant in entrants:
         for count in counts:
             for seed in range(options.seeds):

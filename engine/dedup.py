@@ -224,10 +224,11 @@ def dedup(options: DedupOptions, progress: Progress = no_progress) -> dict[str, 
     published = claim.published()
     if published is not None:
         return published
-    shards, close = open_shards(store, options, True, ())
-    claim.take()
-    began = time.perf_counter()
-    copies = _persist(shards, lambda: find_copies(shards, clusters, options.eps, options.iterations, options.seed, progress))
-    close()
+    with open_shards(store, options, True, ()) as shards:
+        claim.take()
+        began = time.perf_counter()
+        copies = _persist(
+            shards, lambda: find_copies(shards, clusters, options.eps, options.iterations, options.seed, progress)
+        )
     seconds = round(time.perf_counter() - began, 3)
     return _write(place, store, copies, {"num_clusters": clusters, "time": {"seconds_s": seconds}})

@@ -206,12 +206,11 @@ def evaluate(options: EvaluateOptions, progress: Progress = no_progress) -> list
         if published is not None:
             return list(published["metrics"])
     rows = np.union1d(selection.picks, selection.labeled)
-    shards, close = open_shards(store, options, True, ())
-    results = []
-    for metric, value, note in measure(store, shards, rows, test, options, options.seed):
-        results.append({"metric": metric, "value": value, "note": note})
-        progress("evaluate", len(results), 0, metric)
-    close()
+    with open_shards(store, options, True, ()) as shards:
+        results = []
+        for metric, value, note in measure(store, shards, rows, test, options, options.seed):
+            results.append({"metric": metric, "value": value, "note": note})
+            progress("evaluate", len(results), 0, metric)
     if claim:
         claim.take()
         publish(claim.place, {"metrics": results, "num_labeled": len(rows)})

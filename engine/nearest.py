@@ -155,13 +155,8 @@ def nearest(x: torch.Tensor, centres: torch.Tensor, norms: Floats | None = None)
     x (r, d), centres (k, d) float32, k >= 1; `norms` are x's canonical norms if they are known. The answer is the one
     that canonical distances give.
     """
-    return nearest_column(x, Centres.of(centres), canonical_norms(x) if norms is None else norms)
-
-
-def nearest_column(x: torch.Tensor, centres: Centres, norms: Floats) -> Ints:
-    """Return `nearest` of centres that are ready."""
-    ready = centres.to(x.device)
-    error = score_error(x.shape[1], norms, ready.largest)
+    ready = Centres.of(centres).to(x.device)
+    error = score_error(x.shape[1], canonical_norms(x) if norms is None else norms, ready.largest)
     return ready.kept[search(x, ready, ready.half, margin_of(error, x), canonical_sqdist).column]
 
 

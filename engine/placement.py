@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from engine import session
 from engine.schema import InputError, parse_bytes
-from engine.shards import RayShards, Reading, Shards, check_finite, open_local
+from engine.shards import LocalShards, RayShards, Reading, Shards, check_finite, open_local
 from engine.store import FeatureStore
 
 MEMORY_SHARE = 0.5
@@ -37,17 +38,16 @@ def _device(asked: str, there: int, where: str) -> str:
     return "cuda" if there and asked != "cpu" else "cpu"
 
 
-def open_shards(
-    store: FeatureStore, options: Any, normalized: bool, columns: tuple[str, ...]
-) -> tuple[Shards, Callable[[], None]]:
-    """Return the store's vectors as shards, and what closes them.
+@contextlib.contextmanager
+def open_shards(store: FeatureStore, options: Any, normalized: bool, columns: tuple[str, ...]) -> Iterator[Shards]:
+    """Open the store's vectors as shards, and close them at the end of the block, whatever ends it.
 
     `options` has `workers`, `address`, `memory_per_shard`, `device`, `precision`. In this process for `workers` 0, or None
     when the vectors fit its memory; else on Ray actors, by default one a GPU, or one a CPU. Raises InputError when a vector
     is not finite, or the device not there.
     """
     limit = parse_bytes(options.memory_per_shard)
-    shards: Any
+    shards: LocalShards | RayShards
     if options.workers == 0 or (options.workers is None and fits(store)):
         import torch
 
@@ -62,5 +62,8 @@ def open_shards(
         share = MEMORY_SHARE * free_bytes() / min(workers, cpus)
         reading = Reading(normalized, columns, limit or share, device, options.precision)
         shards = RayShards(store, workers, cpus, reading, gpus)
-    check_finite(shards, store.place.uri)
-    return shards, shards.close
+    try:
+        check_finite(shards, store.place.uri)
+        yield shards
+    finally:
+        shards.close()

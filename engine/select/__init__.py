@@ -122,6 +122,11 @@ def read_excluded(uri: str | None, store: FeatureStore) -> Ints:
     return _read_rows("--exclude", uri, store, "dedup", _near_copies)
 
 
+def places_read(*uris: str | None) -> list[str]:
+    """Return the places among what options name: neither what was not given nor columns of the features."""
+    return [uri for uri in uris if uri and not uri.startswith(COLUMN)]
+
+
 def _labeled_and_picked(uri: str, store: FeatureStore) -> Ints:
     selection = read_selection(uri, store)
     return np.concatenate([selection.labeled, selection.picks])
@@ -250,7 +255,7 @@ def select(options: SelectOptions, progress: Progress = no_progress) -> list[dic
     places = {count: out.at(str(count)) if len(budgets) > 1 else out for count in budgets}
     inputs = {"features": store.digest, "labeled": digest_of(labeled.tolist()), "excluded": digest_of(excluded.tolist())}
     identity = {**result_options(options), "options": result_options(chosen)}
-    reads = [uri for uri in (options.features, options.labeled, options.exclude) if uri and not uri.startswith(COLUMN)]
+    reads = places_read(options.features, options.labeled, options.exclude)
     claims = {
         count: Claim.of(place, "selection", inputs, {**identity, "count": count}, options.overwrite, reads)
         for count, place in places.items()
@@ -258,20 +263,19 @@ def select(options: SelectOptions, progress: Progress = no_progress) -> list[dic
     manifests = {count: manifest for count, claim in claims.items() if (manifest := claim.published()) is not None}
     todo = sorted(set(budgets) - set(manifests))
     if todo:
-        shards, close = open_shards(store, options, options.normalize, strategy.columns)
-        for count in todo:
-            claims[count].take()
-        runs = [todo] if strategy.nested else [[count] for count in todo]
-        for counts in runs:
-            journal = Journal(places[counts[-1]].at("journal.npz"), options.journal_s)
-            began = time.perf_counter()
-            request = Request(counts[-1], options.seed, labeled, excluded)
-            step = run_method(method, shards, request, chosen, progress, journal)
-            facts = {"num_excluded": len(excluded), "time": {"seconds_s": round(time.perf_counter() - began, 3)}}
-            for count in counts:
-                manifests[count] = write_selection(places[count], store, prefix(step, count), labeled, facts)
-            journal.remove()
-        close()
+        with open_shards(store, options, options.normalize, strategy.columns) as shards:
+            for count in todo:
+                claims[count].take()
+            runs = [todo] if strategy.nested else [[count] for count in todo]
+            for counts in runs:
+                journal = Journal(places[counts[-1]].at("journal.npz"), options.journal_s)
+                began = time.perf_counter()
+                request = Request(counts[-1], options.seed, labeled, excluded)
+                step = run_method(method, shards, request, chosen, progress, journal)
+                facts = {"num_excluded": len(excluded), "time": {"seconds_s": round(time.perf_counter() - began, 3)}}
+                for count in counts:
+                    manifests[count] = write_selection(places[count], store, prefix(step, count), labeled, facts)
+                journal.remove()
     return [manifests[count] for count in budgets]
 
 

@@ -60,6 +60,12 @@ def plan(before: torch.Tensor, after: torch.Tensor, gaps: Ints, longest: float) 
     return Motion(moves, np.sort(order[:best]), float(moves[order[best]])) if cost < WORTH else None
 
 
+def count_gaps(block: Block, longest: float) -> Ints:
+    """Count a block's rows by the gap between their bounds, in the bins of GAPS times `longest`, the last one open."""
+    gap = block.state["lower"] - block.state["upper"]
+    return np.bincount(np.searchsorted(GAPS * longest, gap), minlength=len(GAPS) + 1)
+
+
 class Bounded:
     """One block's side of one Lloyd step: its nearest centres, and the bounds that are kept in its state."""
 
@@ -89,10 +95,8 @@ class Bounded:
         self._tighten(rows, index[rows])
         return self._compare_with_all(rows[upper[rows] * SLACK >= lower[rows]], index)
 
-    def gaps(self, longest: float) -> Ints:
-        """Count rows by the gap between their bounds, in the bins of GAPS, the last one open."""
-        gap = self.state["lower"] - self.state["upper"]
-        return np.bincount(np.searchsorted(GAPS * longest, gap), minlength=len(GAPS) + 1)
+    def _some(self, rows: Ints) -> torch.Tensor:
+        return self.block.x if len(rows) == len(self.block.rows) else self.block.x[torch.from_numpy(rows)]
 
     def _error(self, rows: Ints | slice) -> Floats:
         error: Floats = score_error(self.block.x.shape[1], self.block.norms[rows], self.centres.largest)
@@ -117,7 +121,7 @@ class Bounded:
 
     def _tighten(self, rows: Ints, own: Ints) -> None:
         """Set the upper bounds of some rows to what the product with their own centres says."""
-        x = self.block.x if len(rows) == len(self.block.rows) else self.block.x[torch.from_numpy(rows)]
+        x = self._some(rows)
         centre = torch.from_numpy(own)
         score = self.centres.half[centre] - torch.einsum("rd,rd->r", x, self.centres.c[centre])
         self.state["upper"][rows] = distance_bound(score, self._error(rows), self.block.norms[rows])
@@ -126,7 +130,7 @@ class Bounded:
         """Write some rows' nearest centres among all into `index`, and their bounds; return `index`."""
         if len(rows) == 0:
             return index
-        x = self.block.x if len(rows) == len(self.block.rows) else self.block.x[torch.from_numpy(rows)]
+        x = self._some(rows)
         error, norms = self._error(rows), self.block.norms[rows]
         found = search(x, self.centres, self.centres.half, margin_of(error, x), canonical_sqdist)
         index[rows] = self.centres.kept[found.column]

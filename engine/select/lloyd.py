@@ -18,7 +18,7 @@ import torch
 from engine.arrays import Bools, Ints
 from engine.blocks import Block, Ranked, fixed_point_scale, fixed_point_sums, merge_smallest, smallest
 from engine.nearest import Centres, nearest_sqdist
-from engine.select.bounds import NO_GAPS, Bounded, Motion, plan
+from engine.select.bounds import NO_GAPS, Bounded, Motion, count_gaps, plan
 from engine.select.cells import Approximation, Cells, assign_near, cells_of
 from engine.shards import Shards
 
@@ -61,9 +61,8 @@ def assign(block: Block, centres: Centres, since: Since) -> Ints:
     if since.near is not None and "cluster" in block.state:
         return assign_near(block, centres, *since.near)
     side = Bounded(block, centres)
-    known = since.motion is not None and "lower" in block.state
-    block.state["cluster"] = side.after(since.motion) if known and since.motion else side.fresh()
-    found: Ints = block.state["cluster"]
+    found = side.fresh() if since.motion is None or "lower" not in block.state else side.after(since.motion)
+    block.state["cluster"] = found
     return found
 
 
@@ -74,7 +73,7 @@ def _first(block: Block, centres: Centres, scale: float, longest: float) -> Delt
     new = block.state["cluster"]
     touched, place = np.unique(new, return_inverse=True)
     sums = fixed_point_sums(block.x, np.arange(len(new), dtype=np.int64), place, len(touched), scale)
-    return Delta(touched, sums, np.bincount(place), len(new), Bounded(block, centres).gaps(longest))
+    return Delta(touched, sums, np.bincount(place), len(new), count_gaps(block, longest))
 
 
 def _next(block: Block, centres: Centres, scale: float, longest: float, since: Since) -> Delta:
@@ -86,7 +85,7 @@ def _next(block: Block, centres: Centres, scale: float, longest: float, since: S
     came, went = place[: len(rows)], place[len(rows) :]
     sums = fixed_point_sums(block.x, rows, came, len(touched), scale, went)
     counts = np.bincount(came, minlength=len(touched)) - np.bincount(went, minlength=len(touched))
-    gaps = NO_GAPS if since.near else Bounded(block, centres).gaps(longest)
+    gaps = NO_GAPS if since.near else count_gaps(block, longest)
     return Delta(touched, sums, counts, len(rows), gaps)
 
 

@@ -23,7 +23,7 @@ from engine.arrays import Floats, Ints
 from engine.blocks import Block
 from engine.canonical import canonical_norms, canonical_sqdist
 from engine.nearest import TILE_ELEMENTS
-from engine.products import precision, score_error, scores
+from engine.products import score_error, scores
 from engine.schema import Opt
 from engine.select.clusters import Counts, Members, fit_centres, members, packs, rank_within, settle
 from engine.select.lloyd import Matrix
@@ -94,12 +94,17 @@ def _tiles(block: Block, queries: Queries, cluster: Ints) -> Iterator[tuple[slic
         step = max(1, TILE_ELEMENTS // len(at))
         for start in range(first, last, step):
             part = slice(start, min(start + step, last))
-            with precision("float32"):  # its error is known to the driver
-                score = scores(offset, torch.tensor(queries.x[part]).to(x.device), x)
+            score = scores(offset, torch.tensor(queries.x[part]).to(x.device), x)
             own = np.minimum(np.searchsorted(rows, queries.rows[part]), len(rows) - 1)
             same = np.flatnonzero(rows[own] == queries.rows[part])
             score[torch.from_numpy(same), torch.from_numpy(own[same])] = torch.inf
             yield part, at, score
+
+
+def _error(block: Block, norms: Floats, longest: float) -> Floats:
+    """Return how far the block's products with queries of these norms (q,) may be off: in the precision they have there."""
+    error: Floats = score_error(block.x.shape[1], norms, longest)
+    return error
 
 
 def _near(block: Block, queries: Queries, rows: Ints, cluster: Ints, m: int) -> Floats:
@@ -171,7 +176,7 @@ class _Pack:
         lower, upper = np.empty(len(self.rows)), np.empty(len(self.rows))
         for some in _chunks(np.arange(len(self.rows))):
             queries, near = self._search(some, _near)
-            width, error = self.width[some], 2 * score_error(self.shards.d, queries.norms, self.longest)
+            width, error = self.width[some], 2 * self.shards.map(_error, queries.norms, self.longest, combine=np.maximum)
             lower[some] = _mean(np.maximum(near - error[:, None], 0), width) * (1 - 1e-12)
             upper[some] = _mean(near + error[:, None], width) * (1 + 1e-12)
             self.reach[some] = near[np.arange(len(some)), np.maximum(width - 1, 0)] + 2 * error
