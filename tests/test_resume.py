@@ -131,8 +131,8 @@ KILLED = {
     "freesel": Case(20_000, 2000),
     "typiclust": Case(10_000, 100),
     "hierarchical": Case(20_000, 200, {"levels": "300,20"}),
-    "maxherding": Case(3_000, 60),
-    "probcover": Case(4_000, 300, {"delta": "1.1"}),
+    "maxherding": Case(9_000, 60, {"candidates": "1000"}),
+    "probcover": Case(9_000, 300, {"delta": "1.1", "candidates": "2000"}),
     "facility_location": Case(9_000, 4000),
 }
 """Every strategy but `random` and `uniform`, which take one step and keep nothing."""
@@ -201,11 +201,14 @@ def test_kill_of_the_driver(name: str, tmp_path: Path) -> None:
         words = [sys.executable, "-c", DRIVER, str(target), *given, "--journal-s", "0", "--workers", "0", "--quiet"]
         return subprocess.run(words, cwd=ROOT, check=False).returncode
 
+    reached: list[int] = []
     for target in targets(numbers):
         assert until(target) == -signal.SIGKILL
         step = journal.read()
         assert step is not None
         assert target <= step.number < step.total
+        reached.append(step.number)
+    assert len(set(reached)) == 3
     assert until(NEVER) == 0
     assert not (out / "journal.npz").exists()
     picks = pq.read_table(out / "picks.parquet")
@@ -224,9 +227,12 @@ def test_kill_of_a_shard_actor(ray_session: None, name: str, tmp_path: Path) -> 
     _, method, options = strategy_options(name, case.options)
     shards = RayShards(FeatureStore(str(features)), 2, 2, Reading(True))
     killed: list[int] = []
+    noticed: list[str] = []
     places = targets(numbers)
 
     def progress(stage: str, done: int, total: int, note: str) -> None:
+        if note.startswith("a shard was lost"):
+            noticed.append(note)
         if len(killed) < 3 and done >= places[len(killed)] and done < total:
             victim = shards.actors[len(killed) % len(shards.actors)]
             os.kill(ray.get(victim.pid.remote()), signal.SIGKILL)
@@ -234,6 +240,7 @@ def test_kill_of_a_shard_actor(ray_session: None, name: str, tmp_path: Path) -> 
 
     try:
         assert same(run_method(method, shards, Request(case.budget, 0, NOTHING), options, progress), whole)
-        assert len(killed) == 3
+        assert len(set(killed)) == len(noticed) == 3
+        assert len(shards.actors) == 2
     finally:
         shards.close()
