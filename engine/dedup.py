@@ -20,7 +20,7 @@ import torch
 
 from engine.arrays import Bools, Floats, Ints
 from engine.blocks import Block
-from engine.canonical import canonical_dot, canonical_norms, single_thread
+from engine.canonical import canonical_dot, canonical_norms, rows_at, single_thread
 from engine.folders import Claim, Place, digest_of, publish
 from engine.nearest import TILE_ELEMENTS
 from engine.placement import open_shards
@@ -80,7 +80,7 @@ def cosine(a: torch.Tensor, i: Ints, b: torch.Tensor, j: Ints) -> Floats:
 
 def _norms(a: torch.Tensor, i: Ints) -> Floats:
     some, back = np.unique(i, return_inverse=True)
-    return canonical_norms(a[torch.from_numpy(some)])[back]
+    return canonical_norms(rows_at(a, some))[back]
 
 
 def similar(a: torch.Tensor, b: torch.Tensor, eps: float) -> Bools:

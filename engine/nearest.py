@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from engine.arrays import Floats, Ints
-from engine.canonical import canonical_dot, canonical_norms, canonical_sqdist
+from engine.canonical import canonical_dot, canonical_norms, canonical_sqdist, rows_at
 from engine.products import score_error, scores
 
 TILE_ELEMENTS = 1 << 21
@@ -35,12 +35,12 @@ Canonical = Callable[[torch.Tensor, Ints, torch.Tensor, Ints], Floats]
 """What is minimised, for pairs of rows: canonical_sqdist, or its like."""
 
 
-def _settle(x: torch.Tensor, centres: Centres, row: Ints, column: Ints, canonical: Canonical) -> Ints:
+def settle(x: torch.Tensor, c: torch.Tensor, row: Ints, column: Ints, canonical: Canonical) -> Ints:
     """Return the canonical best column of each row among candidate pairs (ascending by row), a column for each row there.
 
     Equal ones go to the smaller column.
     """
-    value = canonical(x, row, centres.c, column)
+    value = canonical(x, row, c, column)
     order = np.lexsort((column, value, row))
     _, first = np.unique(row[order], return_index=True)
     return column[order[first]]
@@ -67,7 +67,7 @@ class Centres:
         first = _first_of_equals(centres, norms)
         kept, column = np.unique(first, return_inverse=True)
         half = torch.from_numpy((0.5 * norms[kept] ** 2).astype(np.float32)).to(centres.device)
-        c = centres if len(kept) == len(centres) else centres[torch.from_numpy(kept)]
+        c = centres if len(kept) == len(centres) else rows_at(centres, kept)
         return cls(c, kept, column, half, float(norms.max(initial=0.0)))
 
     def to(self, device: torch.device) -> Centres:
@@ -76,8 +76,8 @@ class Centres:
 
     def some(self, columns: Ints) -> Centres:
         """Return some of the columns (m,), ascending, as centres of their own; `column` is then of no use."""
-        at = torch.from_numpy(columns)
-        return replace(self, c=self.c[at], kept=self.kept[columns], half=self.half[at])
+        half = self.half[torch.from_numpy(columns)]
+        return replace(self, c=rows_at(self.c, columns), kept=self.kept[columns], half=half)
 
 
 def _first_of_equals(centres: torch.Tensor, norms: Floats) -> Ints:
@@ -141,7 +141,7 @@ def search(
             again = score[contested].scatter_(1, at[:, None], least[contested, None])
             pairs = (again <= (least[contested] + margin[part][contested])[:, None]).nonzero().cpu().numpy()
             rows = contested.cpu().numpy()
-            found[rows] = _settle(x[part], centres, rows[pairs[:, 0]], pairs[:, 1], canonical)
+            found[rows] = settle(x[part], centres.c, rows[pairs[:, 0]], pairs[:, 1], canonical)
             at = torch.from_numpy(found).to(x.device)[contested, None]
             least[contested] = again.gather(1, at)[:, 0]
             following[contested] = again.scatter_(1, at, torch.inf).amin(dim=1)
@@ -206,20 +206,25 @@ def margin_of(error: Floats, x: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(2.0002 * error).to(torch.float32).to(x.device)
 
 
-def _negative_dot(a: torch.Tensor, i: Ints, b: torch.Tensor, j: Ints) -> Floats:
+def negative_dot(a: torch.Tensor, i: Ints, b: torch.Tensor, j: Ints) -> Floats:
+    """Return -a[i] . b[j] for each pair, canonical: what is minimised where the largest product is wanted."""
     return -canonical_dot(a, i, b, j)
 
 
-def most_similar(x: torch.Tensor, centres: torch.Tensor, norms: Floats | None = None) -> tuple[Ints, Floats]:
-    """Return the index of the centre of largest dot product with each row, (r,), and that canonical product, (r,).
-
-    Equal products go to the smaller index. As `nearest`, for vectors that need not have one length.
-    """
+def most_similar_index(x: torch.Tensor, centres: torch.Tensor, norms: Floats) -> Ints:
+    """Return the index of the centre of largest canonical dot product with each row, (r,); of equal ones the smallest."""
     ready = Centres.of(centres).to(x.device)
-    error = score_error(x.shape[1], canonical_norms(x) if norms is None else norms, ready.largest)
-    found = search(x, ready, torch.zeros_like(ready.half), margin_of(error, x), _negative_dot)
-    rows = np.arange(len(x), dtype=np.int64)
-    return ready.kept[found.column], canonical_dot(x, rows, ready.c, found.column)
+    error = score_error(x.shape[1], norms, ready.largest)
+    return ready.kept[search(x, ready, torch.zeros_like(ready.half), margin_of(error, x), negative_dot).column]
+
+
+def most_similar(x: torch.Tensor, centres: torch.Tensor, norms: Floats) -> tuple[Ints, Floats]:
+    """Return `most_similar_index` and the canonical products with those, (r,) float64.
+
+    As `nearest`, for vectors that need not have one length; `norms` (r,) are x's canonical norms.
+    """
+    index = most_similar_index(x, centres, norms)
+    return index, canonical_dot(x, np.arange(len(x), dtype=np.int64), centres.to(x.device), index)
 
 
 Lists = tuple[Floats, Ints]

@@ -18,7 +18,7 @@ import torch
 
 from engine.arrays import Floats, Ints
 from engine.blocks import Block
-from engine.canonical import canonical_norms, normalize
+from engine.canonical import canonical_norms, normalize, rows_at
 from engine.products import precision
 from engine.schema import BLOCK_ROWS, InputError
 from engine.store import FeatureStore, labels_numpy, part_vectors, vector_counts, vectors_numpy
@@ -195,7 +195,7 @@ def take_patterns(shards: Shards, rows: Ints) -> tuple[torch.Tensor, Ints]:
     missing = len(rows) - len(np.unique(owner))
     if missing:
         raise InputError(f"{missing} of {len(rows)} rows have no vector")
-    return torch.cat([x for _, x in found])[torch.from_numpy(order)], owner[order]
+    return rows_at(torch.cat([x for _, x in found]), order), owner[order]
 
 
 def _reset(block: Block, excluded: Ints) -> None:

@@ -98,7 +98,7 @@ def test_merging_is_the_same_as_taking_at_once(values: list[int], m: int, cut: i
 def test_fixed_point_sums_do_not_depend_on_order() -> None:
     x = random_matrix(1000, 17, 8)
     group = np.random.default_rng(1).integers(0, 5, 1000)
-    scale = blocks.fixed_point_scale(1000, float(x.abs().max()))
+    scale = blocks.vector_scale(1000, float(x.abs().max()))
     whole = blocks.fixed_point_sums(x, np.arange(1000), group, 5, scale)
     order = np.random.default_rng(2).permutation(1000)
     halves = sum(blocks.fixed_point_sums(x, part, group[part], 5, scale) for part in np.array_split(order, 3))

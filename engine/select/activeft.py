@@ -9,6 +9,7 @@ step. No autograd graph and no (n, b) matrix exist.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
@@ -18,17 +19,20 @@ import numpy.typing as npt
 import torch
 
 from engine.arrays import Floats, Ints
-from engine.blocks import Block, Ranked, fixed_point_scale, merge_smallest, smallest, weighted_sums
-from engine.canonical import single_thread
+from engine.blocks import Block, Ranked, fixed_point_scale, merge_smallest, smallest, vector_scale, weighted_sums
+from engine.canonical import rows_at, single_thread
 from engine.draws import random_keys, random_subset
-from engine.nearest import merge_lists, most_similar, top_similar
+from engine.nearest import merge_lists, top_similar
 from engine.schema import Opt
+from engine.select.shortlists import follow
 from engine.shards import Request, Shards, Step
 
 WHOLE_POOL = 100_000
 START_KEY, BATCH_KEY = 11, 12
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
-TILE_ROWS = 1024
+TILE_ROWS = 512
+REACH = 6
+"""Steps of the length of the last one after which the lists of `follow` may run out."""
 
 Matrix = npt.NDArray[np.float32]
 
@@ -67,14 +71,14 @@ class Scales:
     loss: float
 
 
-def _pull(block: Block, centres: Matrix, log_repulsion: Floats, tau: float, scales: Scales) -> Pull:
+def _pull(block: Block, centres: Matrix, log_repulsion: Floats, tau: float, scales: Scales, reach: float) -> Pull:
     """Return the block's pull on the first len(log_repulsion) of the centres; the others are labelled, and fixed.
 
     w_i = lambda R_c / (exp(s_i) + lambda R_c), and the loss -(s_i - log(exp(s_i) + lambda R_c)); log_repulsion holds
     log(lambda R_c). A row whose most similar vector is labelled pulls nothing and adds no loss.
     """
     b = len(log_repulsion)
-    index, product = most_similar(block.x, torch.tensor(centres), block.norms)
+    index, product = follow(block, torch.tensor(centres), reach)
     free = index < b
     s, owner = product / tau, np.where(free, index, 0)
     gap = log_repulsion[owner] - s
@@ -93,9 +97,9 @@ def _integer_sums(values: Floats, group: Ints, groups: int, scale: float) -> Int
     return out
 
 
-def _pull_plain(block: Block, centres: Matrix, b: int, tau: float, scales: Scales) -> Pull:
+def _pull_plain(block: Block, centres: Matrix, b: int, tau: float, scales: Scales, reach: float) -> Pull:
     """The paper's first term: every row pulls its most similar vector with weight 1, and its loss is -s_i."""
-    index, product = most_similar(block.x, torch.tensor(centres), block.norms)
+    index, product = follow(block, torch.tensor(centres), reach)
     free = index < b
     weight, owner = free.astype(np.float64), np.where(free, index, 0)
     loss = np.where(free, -product / tau, 0.0)
@@ -120,16 +124,24 @@ def _unit(t: Floats) -> tuple[Matrix, Floats]:
 def repulsion(centres: Matrix, b: int, tau: float) -> tuple[Floats, Floats]:
     """Return log R_c (b,) and m_c = sum_j exp(C_j . C_c / tau) C_j / R_c (b, d): all vectors j, the self term included.
 
-    The first b vectors are the free ones, c; the C_j side is a constant (it is detached in the released code).
+    The first b vectors are the free ones, c; the C_j side is a constant (it is detached in the released code). Products
+    and powers are float32, one thread a tile, so that they round alike for any number of threads.
     """
     every = torch.from_numpy(centres)
     log_r, mean = np.empty(b), np.empty((b, centres.shape[1]))
-    with single_thread():
-        for start in range(0, b, TILE_ROWS):
-            part = slice(start, min(start + TILE_ROWS, b))
-            dots = (every[part] @ every.T).double() / tau
-            log_r[part] = torch.logsumexp(dots, dim=1).numpy()
-            mean[part] = (torch.softmax(dots, dim=1) @ every.double()).numpy()
+
+    def tile(start: int) -> None:
+        part = slice(start, min(start + TILE_ROWS, b))
+        powers = every[part] @ every.T
+        largest = powers.amax(dim=1, keepdim=True)
+        powers.sub_(largest).div_(tau).exp_()
+        total = powers.sum(dim=1, dtype=torch.float64).numpy()
+        log_r[part] = np.log(total) + largest[:, 0].double().numpy() / tau
+        mean[part] = (powers @ every).numpy() / total[:, None]
+
+    threads = min(torch.get_num_threads(), -(-b // TILE_ROWS))
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(tile, range(0, b, TILE_ROWS)))
     return log_r, mean
 
 
@@ -185,25 +197,25 @@ def _largest(block: Block) -> float:
 
 
 def objective(
-    shards: Shards, centres: Matrix, b: int, options: Options, scales: Scales, at: Ints | None
+    shards: Shards, centres: Matrix, b: int, options: Options, scales: Scales, at: Ints | None, reach: float = 0.0
 ) -> tuple[float, Floats]:
-    """Return the loss and dloss/dC (b, d) for the free vectors, over all rows or those `at`."""
+    """Return the loss and dloss/dC (b, d) for the free vectors, over all rows or those `at`; `reach` is that of `follow`."""
     rows = shards.n if at is None else len(at)
     tau = options.temperature
     if options.objective == "paper":
-        pull = shards.map(_pull_plain, centres, b, tau, scales, combine=_add, at=at)
+        pull = shards.map(_pull_plain, centres, b, tau, scales, reach, combine=_add, at=at)
         repel, gradient = paper_repulsion(centres, b, tau, options.balance)
         return pull.loss / scales.loss / rows + repel, gradient - pull.rows / scales.rows / (rows * tau)
     log_r, mean = repulsion(centres, b, tau)
     with np.errstate(divide="ignore"):
         log_r = log_r + np.log(options.balance)
-    pull = shards.map(_pull, centres, log_r, tau, scales, combine=_add, at=at)
+    pull = shards.map(_pull, centres, log_r, tau, scales, reach, combine=_add, at=at)
     return pull.loss / scales.loss / rows, released_gradient(centres, pull, mean, rows, tau, scales)
 
 
 def _lists(block: Block, centres: Matrix, taken: Ints, m: int) -> tuple[Floats, Ints]:
     keep = np.flatnonzero(block.eligible & ~np.isin(block.rows, taken))
-    return top_similar(block.x[torch.from_numpy(keep)], block.rows[keep], torch.tensor(centres), m, block.norms[keep])
+    return top_similar(rows_at(block.x, keep), block.rows[keep], torch.tensor(centres), m, block.norms[keep])
 
 
 def snap(shards: Shards, centres: Matrix, width: int = 8) -> tuple[Ints, Floats]:
@@ -253,14 +265,18 @@ def activeft(shards: Shards, request: Request, options: Options) -> Iterator[Ste
     largest = max(shards.map(_largest))
     bound = (1 + largest) / options.temperature + np.log(b + len(labeled)) + abs(np.log(options.balance or 1.0))
     scales = Scales(
-        fixed_point_scale(rows_a_step, largest),
+        vector_scale(rows_a_step, largest),
         fixed_point_scale(rows_a_step, 1.0),
         fixed_point_scale(rows_a_step, bound),
     )
+    free, way = _unit(adam.t)[0], options.rate * float(np.sqrt(shards.d))
     for step in range(adam.step, total):
+        before = free
         free, norms = _unit(adam.t)
+        way = float(np.linalg.norm(free - before, axis=1).max()) or way
         at = None if whole else random_subset(shards.n, rows_a_step, request.seed, (BATCH_KEY, step))
-        loss, gradient = objective(shards, np.concatenate([free, labeled]), b, options, scales, at)
+        reach = REACH * way if whole else 0.0
+        loss, gradient = objective(shards, np.concatenate([free, labeled]), b, options, scales, at, reach)
         along = (gradient * free).sum(axis=1, keepdims=True)
         adam.move((gradient - along * free) / norms[:, None], options.rate)
         arrays = {"t": adam.t, "mean": adam.mean, "square": adam.square}

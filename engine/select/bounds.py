@@ -15,7 +15,7 @@ import torch
 
 from engine.arrays import Floats, Ints
 from engine.blocks import Block
-from engine.canonical import canonical_sqdist
+from engine.canonical import canonical_sqdist, rows_at
 from engine.nearest import SLACK, TILE_ELEMENTS, Centres, distance_bound, margin_of, search
 from engine.products import score_error, scores
 
@@ -96,7 +96,7 @@ class Bounded:
         return self._compare_with_all(rows[upper[rows] * SLACK >= lower[rows]], index)
 
     def _some(self, rows: Ints) -> torch.Tensor:
-        return self.block.x if len(rows) == len(self.block.rows) else self.block.x[torch.from_numpy(rows)]
+        return self.block.x if len(rows) == len(self.block.rows) else rows_at(self.block.x, rows)
 
     def _error(self, rows: Ints | slice) -> Floats:
         error: Floats = score_error(self.block.x.shape[1], self.block.norms[rows], self.centres.largest)
@@ -104,7 +104,7 @@ class Bounded:
 
     def _compare_with_far(self, far: Ints, own: Ints) -> None:
         """Lower the bounds to what the product with some centres says; `own` (r,) are the rows' own centres."""
-        c, half, x = self.centres.c[torch.from_numpy(far)], self.centres.half[torch.from_numpy(far)], self.block.x
+        c, half, x = rows_at(self.centres.c, far), self.centres.half[torch.from_numpy(far)], self.block.x
         place = np.minimum(np.searchsorted(far, own), len(far) - 1)
         step = min(len(x), max(64, TILE_ELEMENTS // len(far))) or 1
         tile = x.new_empty((step, len(far)))
@@ -122,8 +122,8 @@ class Bounded:
     def _tighten(self, rows: Ints, own: Ints) -> None:
         """Set the upper bounds of some rows to what the product with their own centres says."""
         x = self._some(rows)
-        centre = torch.from_numpy(own)
-        score = self.centres.half[centre] - torch.einsum("rd,rd->r", x, self.centres.c[centre])
+        half = self.centres.half[torch.from_numpy(own)]
+        score = half - torch.einsum("rd,rd->r", x, rows_at(self.centres.c, own))
         self.state["upper"][rows] = distance_bound(score, self._error(rows), self.block.norms[rows])
 
     def _compare_with_all(self, rows: Ints, index: Ints) -> Ints:

@@ -14,7 +14,7 @@ import torch
 
 from engine.arrays import Bools, Ints
 from engine.blocks import Block
-from engine.canonical import canonical_sqdist
+from engine.canonical import canonical_sqdist, rows_at
 from engine.nearest import TILE_ELEMENTS, Centres, margin_of, nearest, search
 from engine.products import score_error
 from engine.select.exact import exact_sqdist, exact_step
@@ -82,7 +82,7 @@ def assign_near(block: Block, centres: Centres, cells: Cells, moved: Bools) -> I
             rows = order[low:high]
             some = ready.some(np.unique(ready.column[numbers]))
             error = score_error(x.shape[1], block.norms[rows], ready.largest)
-            part = x[torch.from_numpy(rows)]
+            part = rows_at(x, rows)
             found[rows] = some.kept[search(part, some, some.half, margin_of(error, part), canonical_sqdist).column]
     block.state["cluster"] = found
     return found

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from engine.arrays import Bools, Ints
-from engine.blocks import Block, Ranked, fixed_point_scale, fixed_point_sums, merge_smallest, smallest
+from engine.blocks import Block, Ranked, fixed_point_scale, fixed_point_sums, merge_smallest, smallest, vector_scale
 from engine.nearest import Centres, nearest_sqdist
 from engine.select.bounds import NO_GAPS, Bounded, Motion, count_gaps, plan
 from engine.select.cells import Approximation, Cells, assign_near, cells_of
@@ -136,7 +136,7 @@ class _Clusters:
     """The driver's side: every cluster's sum (k, d) and count (k,), and the pool's sum of squares."""
 
     def __init__(self, shards: Shards, k: int, largest: float) -> None:
-        self.shards, self.scale = shards, fixed_point_scale(shards.n, largest)
+        self.shards, self.scale = shards, vector_scale(shards.n, largest)
         self.longest = largest * float(np.sqrt(shards.d))
         square_scale = fixed_point_scale(shards.n, self.longest * self.longest)
         self.squares = sum(shards.map(_sum_of_squares, square_scale)) / square_scale
