@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.shards import LocalShards, Reading, from_array, open_local
+from engine.shards import LocalShards, Reading, from_array, load_blocks
 from engine.store import FeatureStore
 
 
@@ -33,12 +33,14 @@ def inertia(x: np.ndarray, centres: np.ndarray) -> float:
     return total
 
 
-def load(uri: str | None, n: int = 20_000, d: int = 128) -> tuple[np.ndarray, LocalShards]:
-    """Return (vectors, shards) of a store, normalised, or of a made-up pool."""
+def load(uri: str | None, n: int = 20_000, d: int = 128, rows: int | None = None) -> tuple[np.ndarray, LocalShards]:
+    """Return (vectors, shards) of a store, normalised, or its first `rows` in whole blocks; or of a made-up pool."""
     if uri is None:
         x = clustered(n, d)
         return x, from_array(x)
-    shards = open_local(FeatureStore(uri), Reading(True))
+    store = FeatureStore(uri)
+    blocks = store.num_blocks if rows is None else min(store.num_blocks, rows // store.block_rows)
+    shards = LocalShards(load_blocks(store, range(blocks), Reading(True)), store.dim)
     return np.concatenate([block.x.numpy() for block in shards.blocks]), shards
 
 

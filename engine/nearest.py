@@ -160,13 +160,19 @@ def nearest(x: torch.Tensor, centres: torch.Tensor, norms: Floats | None = None)
     return ready.kept[search(x, ready, ready.half, margin_of(error, x), canonical_sqdist).column]
 
 
-def distance_bound(score: torch.Tensor, error: Floats, norms: Floats) -> Floats:
-    """Return the distance that a score 0.5|c|^2 - x . c stands for, with what `error` may add; less, if it is negative.
+def sqdist_bound(score: torch.Tensor, error: Floats, norms: Floats) -> Floats:
+    """Return the squared distance that a score 0.5|c|^2 - x . c stands for, with what `error` may add; less, if negative.
 
-    All (r,), float64: a bound on the distance, by a little more than float64 rounds.
+    All (r,), float64: a bound on the squared distance, by a little more than float64 rounds.
     """
     square = norms * norms
-    return np.sqrt(np.maximum(0.0, 2 * (score.double().cpu().numpy() + error) + square + np.sign(error) * 1e-12 * square))
+    bound = 2 * (score.double().cpu().numpy() + error) + square + np.sign(error) * 1e-12 * square
+    return np.asarray(np.maximum(0.0, bound))
+
+
+def distance_bound(score: torch.Tensor, error: Floats, norms: Floats) -> Floats:
+    """Return the root of `sqdist_bound`."""
+    return np.sqrt(sqdist_bound(score, error, norms))
 
 
 @dataclass(frozen=True)
@@ -183,17 +189,37 @@ class Nearer:
     others: Floats
 
 
+def _within(x: torch.Tensor, ready: Centres, norms: Floats, error: Floats, before: Floats) -> tuple[Ints, Found]:
+    """Return the rows that may have a centre at less than the squared distance `before` (r,), and what the search found."""
+    square = norms * norms
+    limit = np.nextafter((0.5 * (before - square) + 1.001 * error + 1e-12 * square).astype(np.float32), np.float32(np.inf))
+    reach = torch.from_numpy(limit).to(x.device)
+    found = search(x, ready, ready.half, margin_of(error, x), canonical_sqdist, reach)
+    return (found.best <= reach).nonzero()[:, 0].cpu().numpy(), found
+
+
+def nearer_bounds(x: torch.Tensor, centres: Centres, norms: Floats, before: Floats) -> tuple[Ints, Ints, Floats, Floats]:
+    """Return the rows of x (r, d) that may have a centre at less than the squared distance `before` (r,).
+
+    And for each of them (m,) its nearest centre, as a row of `centres.c`, and a lower and an upper bound on the squared
+    distance to it. `norms` (r,) are the canonical norms.
+    """
+    ready = centres.to(x.device)
+    error = score_error(x.shape[1], norms, ready.largest)
+    rows, found = _within(x, ready, norms, error, before)
+    score = found.best[torch.from_numpy(rows)]
+    lower, upper = (sqdist_bound(score, sign * error[rows], norms[rows]) for sign in (-1, 1))
+    return rows, found.column[rows], lower, upper
+
+
 def nearer(x: torch.Tensor, centres: Centres, norms: Floats, before: Floats) -> Nearer:
     """Return which rows x (r, d) have a centre at less than the squared distance `before` (r,), and their nearest one.
 
     Canonical values are taken only where the product does not rule that out. `norms` (r,) are the canonical norms.
     """
     ready = centres.to(x.device)
-    error, square = score_error(x.shape[1], norms, ready.largest), norms * norms
-    limit = np.nextafter((0.5 * (before - square) + 1.001 * error + 1e-12 * square).astype(np.float32), np.float32(np.inf))
-    reach = torch.from_numpy(limit).to(x.device)
-    found = search(x, ready, ready.half, margin_of(error, x), canonical_sqdist, reach)
-    rows = (found.best <= reach).nonzero()[:, 0].cpu().numpy()
+    error = score_error(x.shape[1], norms, ready.largest)
+    rows, found = _within(x, ready, norms, error, before)
     column = found.column[rows]
     sqdist = canonical_sqdist(x, rows, ready.c, column)
     closer = sqdist < before[rows]

@@ -14,7 +14,7 @@ from test_contract import clustered, shards_of
 from engine import nearest as nearest_module
 from engine.canonical import canonical_sqdist
 from engine.products import scores
-from engine.select import bounds, cells, seeding
+from engine.select import bounds, nearby, seeding
 from engine.select import lloyd as lloyd_module
 from engine.select.kmeans import Options, kmeans
 from engine.select.lloyd import lloyd
@@ -206,7 +206,7 @@ def test_seeding_takes_few_rounds() -> None:
     assert rounds < 25
 
 
-def approximate(x: np.ndarray, block_rows: int = 64, neighbors: int = 3, k: int = 120, **more: object):
+def approximate(x: np.ndarray, block_rows: int = 64, neighbors: int = 12, k: int = 120, **more: object):
     shards = shards_of(x, block_rows)
     prepare(shards, NOTHING)
     options = Options(restarts=2, iterations=9, exact_every=4, neighbors=neighbors, **more)
@@ -239,17 +239,17 @@ def test_the_approximate_mode_goes_on_from_any_step() -> None:
     for resume in steps[:-1]:
         shards = shards_of(x)
         prepare(shards, NOTHING)
-        options = Options(restarts=2, iterations=9, exact_every=4, neighbors=3)
+        options = Options(restarts=2, iterations=9, exact_every=4, neighbors=12)
         *_, last = kmeans(shards, Request(120, 0, NOTHING, resume=resume), options)
         assert last.picks.tolist() == steps[-1].picks.tolist()
         assert last.objective == steps[-1].objective
 
 
-def test_cells_hold_the_nearest_centres() -> None:
-    centres = np.random.default_rng(5).standard_normal((150, 6)).astype(np.float32)
-    found = cells.cells_of(torch.from_numpy(centres), 7)
+def test_neighbors_are_the_nearest_centres_the_first_of_equal_ones() -> None:
+    centres = np.random.default_rng(5).integers(-2, 3, (150, 4)).astype(np.float32)
+    found = nearby.neighbors_of(torch.from_numpy(centres), 7)
     sqdist = ((centres[:, None].astype(np.float64) - centres[None]) ** 2).sum(axis=2)
-    for centre in range(150):
-        assert set(np.argsort(sqdist[centre])[:8]) <= set(found.centres[found.cell[centre]])
-    assert len(found.centres) > 2
-    assert all((np.diff(mine) > 0).all() for mine in found.centres)
+    sqdist[np.arange(150), np.arange(150)] = -1
+    expected = np.sort(np.argsort(sqdist, axis=1, kind="stable")[:, :8], axis=1)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(nearby.neighbors_of(torch.from_numpy(centres[:3]), 7), [[0, 1, 2]] * 3)

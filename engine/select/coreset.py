@@ -19,7 +19,7 @@ from engine.arrays import Floats, Ints
 from engine.blocks import Block, Ranked, merge_smallest, smallest
 from engine.canonical import canonical_sqdist, pairwise_sqdist
 from engine.draws import random_keys
-from engine.nearest import Centres, nearer
+from engine.nearest import Centres, nearer_bounds
 from engine.schema import Opt
 from engine.shards import Request, Shards, Step
 
@@ -41,16 +41,62 @@ def _lowest_key(block: Block, seed: int) -> Ranked:
     return smallest(random_keys(seed, (), rows), rows, 1)
 
 
+class _Minimum:
+    """One block's running minimum: bounds on each row's squared distance to what is picked, exact where they are equal.
+
+    Most rows never come to be candidates, so a distance is measured canonically only once it is asked for, or where the
+    product can't tell a new centre from the nearest one before: that is column `column` of the centres of round `round`.
+    """
+
+    def __init__(self, block: Block) -> None:
+        rows = len(block.rows)
+        self.open = block.eligible.copy()
+        self.upper, self.lower = np.full(rows, np.inf), np.full(rows, np.inf)
+        self.round, self.column = np.zeros(rows, dtype=np.int32), np.zeros(rows, dtype=np.int32)
+        self.centres: list[torch.Tensor] = []
+
+    def _measure(self, x: torch.Tensor, rows: Ints) -> None:
+        """Make the distances of some rows exact."""
+        for number in np.unique(self.round[rows]):
+            some = rows[self.round[rows] == number]
+            exact = canonical_sqdist(x, some, self.centres[number], self.column[some].astype(np.int64))
+            self.upper[some] = self.lower[some] = exact
+
+    def add(self, block: Block, centres: Centres) -> None:
+        """Lower the minimum by new centres."""
+        self.centres.append(centres.c.to(block.x.device))
+        rows, column, lower, upper = nearer_bounds(block.x, centres, block.norms, self.upper)
+        closer = upper < self.lower[rows]
+        open_question = ~closer & (lower <= self.upper[rows])
+        unsure = rows[open_question]
+        self._measure(block.x, unsure[self.lower[unsure] < self.upper[unsure]])
+        exact = canonical_sqdist(block.x, unsure, self.centres[-1], column[open_question])
+        lower[open_question] = upper[open_question] = exact
+        closer[open_question] = exact < self.upper[unsure]
+        rows = rows[closer]
+        self.upper[rows], self.lower[rows] = upper[closer], lower[closer]
+        self.round[rows], self.column[rows] = len(self.centres) - 1, column[closer]
+
+    def largest(self, block: Block, m: int) -> Ranked:
+        """Return the m open rows of largest distance (negated), exactly, the smaller of equally far ones first."""
+        at = np.flatnonzero(self.open)
+        while True:
+            keys, first = smallest(-self.upper[at], at, m)
+            vague = first[self.lower[first] < self.upper[first]]
+            if len(vague) == 0:
+                return keys, block.rows[first]
+            self._measure(block.x, vague)
+
+
 def _farthest_first(block: Block, centres: Centres, taken: Ints, m: int) -> Ranked:
     """Lower the running minimum by new centres; return the m+1 open rows of largest distance (negated) first."""
-    if "sqdist" not in block.state:
-        block.state["sqdist"] = np.full(len(block.rows), np.inf)
-        block.state["open"] = block.eligible.copy()
+    if "minimum" not in block.state:
+        block.state["minimum"] = _Minimum(block)
+    minimum: _Minimum = block.state["minimum"]
     if len(centres.column) and len(block.rows):
-        new = nearer(block.x, centres, block.norms, block.state["sqdist"])
-        block.state["sqdist"][new.rows] = new.sqdist
-    block.state["open"] &= ~np.isin(block.rows, taken)
-    return smallest(-block.state["sqdist"][block.state["open"]], block.rows[block.state["open"]], m + 1)
+        minimum.add(block, centres)
+    minimum.open &= ~np.isin(block.rows, taken)
+    return minimum.largest(block, m + 1)
 
 
 class _Candidates:

@@ -15,8 +15,8 @@ from engine.blocks import Block, fixed_point_scale
 from engine.canonical import canonical_sqdist
 from engine.nearest import Centres
 from engine.schema import Opt
-from engine.select.cells import Approximation
 from engine.select.lloyd import AFRESH, LloydStep, Matrix, Since, assign, farthest_rows, largest_entry, lloyd
+from engine.select.nearby import Approximation
 from engine.select.seeding import d2_seeds, random_rows
 from engine.shards import Request, Shards, Step
 
@@ -31,7 +31,7 @@ class Options:
     neighbors: Annotated[
         int | None,
         Opt(
-            "Approximate: compare a row only with centres near its own, with this many around each of them. Default: exact.",
+            "Approximate: compare a row only with its own centre and this many near it. Default: exact.",
             min=1,
             max=1_000_000,
         ),
@@ -117,7 +117,7 @@ def kmeans(shards: Shards, request: Request, options: Options) -> Iterator[Step]
     Labelled rows take part in the clustering and are not eligible (the multi-batch form when there are any). `gain`
     is the size of a pick's cluster, the objective the inertia: the sum of squared distances to the nearest centre.
 
-    With `neighbors` assignments are approximate, the last one too: see `cells`. The inertia is then that of the
+    With `neighbors` assignments are approximate, the last one too: see `nearby`. The inertia is then that of the
     assignment found, and a pick the nearest row of those in its cluster.
     Deviations from the released code: exactly `budget` picks (it drops empty clusters), and D^2 seeding by default
     (`seeding=random` is the released one's).

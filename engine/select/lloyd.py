@@ -19,7 +19,7 @@ from engine.arrays import Bools, Ints
 from engine.blocks import Block, Ranked, fixed_point_scale, fixed_point_sums, merge_smallest, smallest, vector_scale
 from engine.nearest import Centres, nearest_sqdist
 from engine.select.bounds import NO_GAPS, Bounded, Motion, count_gaps, plan
-from engine.select.cells import Approximation, Cells, assign_near, cells_of
+from engine.select.nearby import Approximation, assign_near, neighbors_of
 from engine.shards import Shards
 
 Matrix = npt.NDArray[np.float32]
@@ -46,10 +46,10 @@ class Delta:
 
 @dataclass(frozen=True)
 class Since:
-    """What the blocks know since a step before: how centres moved, exactly; or which moved (k,), and their cells."""
+    """What the blocks know since a step before: how centres moved, exactly; or which are near each, and which moved (k,)."""
 
     motion: Motion | None = None
-    near: tuple[Cells, Bools] | None = None
+    near: tuple[Ints, Bools] | None = None
 
 
 AFRESH = Since()
@@ -57,7 +57,7 @@ AFRESH = Since()
 
 
 def assign(block: Block, centres: Centres, since: Since) -> Ints:
-    """Give each row its nearest centre, (r,), of those near its own one with cells, and keep it in the block."""
+    """Give each row its nearest centre, (r,), of those near its own one where approximate, and keep it in the block."""
     if since.near is not None and "cluster" in block.state:
         return assign_near(block, centres, *since.near)
     side = Bounded(block, centres)
@@ -166,9 +166,9 @@ def lloyd(
     centre. With an approximation the first step and every `exact_every`-th after it are exact.
     """
     clusters = _Clusters(shards, len(centres), largest)
-    since, cells = AFRESH, None
+    since, near = AFRESH, None
     for step in range(1, iterations + 1):
-        exact = approximation is None or cells is None or (step - 1) % approximation.exact_every == 0
+        exact = approximation is None or near is None or (step - 1) % approximation.exact_every == 0
         given = (Centres.of(torch.tensor(centres)), clusters.scale, clusters.longest)
         delta: Delta
         if step == 1:
@@ -182,6 +182,7 @@ def lloyd(
             motion = plan(torch.from_numpy(before), torch.from_numpy(centres), delta.gaps, clusters.longest)
             since = Since(motion=motion)
         else:
-            cells = cells_of(torch.tensor(centres), approximation.neighbors) if exact else cells if delta.moved else None
-            since = Since(near=(cells, (before != centres).any(axis=1))) if cells else AFRESH
+            if exact or not delta.moved:
+                near = neighbors_of(torch.tensor(centres), approximation.neighbors) if delta.moved else None
+            since = AFRESH if near is None else Since(near=(near, (before != centres).any(axis=1)))
         yield LloydStep(step, delta.moved, inertia, centres, since)

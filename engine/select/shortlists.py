@@ -8,7 +8,6 @@ the length of lists decide nothing but the time.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +18,7 @@ from engine.arrays import Floats, Ints
 from engine.blocks import Block
 from engine.canonical import canonical_dot, rows_at
 from engine.nearest import SLACK, TILE_ELEMENTS, most_similar, most_similar_index, negative_dot, settle
-from engine.products import score_error, scores
+from engine.products import listed_products, score_error, scores
 
 FEWEST = 64
 """Vectors below which comparing with all of them takes no longer."""
@@ -27,10 +26,6 @@ LONGEST = 32
 """Vectors on a row's list, on average over a tile, beyond which the block halves its reach and does without lists."""
 OPEN_SHARE = 0.15
 """Share of a block's rows, not settled by their lists, at which all of them are compared with every vector again."""
-
-with warnings.catch_warnings():  # torch says once a process that these are in beta
-    warnings.simplefilter("ignore")
-    torch.zeros((1, 1)).to_sparse_csr()
 
 
 @dataclass(frozen=True)
@@ -92,21 +87,13 @@ def _compare_with_all(block: Block, vectors: torch.Tensor, reach: float) -> Ints
     return _best_listed(x, vectors, starts, listed, np.concatenate(values), error)[0]
 
 
-def _products(x: torch.Tensor, vectors: torch.Tensor, lists: Shortlists) -> npt.NDArray[np.float32]:
-    """Return the products of all pairs on the lists, (p,) float32."""
-    starts, columns = torch.from_numpy(lists.starts), torch.from_numpy(lists.columns)
-    size = (len(x), len(vectors))
-    pairs = torch.sparse_csr_tensor(starts, columns, x.new_zeros(len(columns)), size, check_invariants=False)
-    found: npt.NDArray[np.float32] = torch.sparse.sampled_addmm(pairs, x, vectors.T, beta=0.0).values().numpy()
-    return found
-
-
 def _compare_with_listed(block: Block, vectors: torch.Tensor, lists: Shortlists, reach: float) -> Ints:
     """Return every row's most similar vector, (r,), from its list where that settles it."""
     x = block.x
     error = score_error(x.shape[1], block.norms, float(SLACK * vectors.double().norm(dim=1).max()))
     way = SLACK * float((vectors.double() - lists.vectors.double()).norm(dim=1).max())
-    index, least = _best_listed(x, vectors, lists.starts, lists.columns, _products(x, vectors, lists), error)
+    values = listed_products(x, vectors, lists.starts, lists.columns)
+    index, least = _best_listed(x, vectors, lists.starts, lists.columns, values, error)
     left = np.flatnonzero(least <= lists.ceiling + block.norms * way)
     if len(left) > OPEN_SHARE * len(x):
         return _compare_with_all(block, vectors, reach)
