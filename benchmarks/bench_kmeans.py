@@ -54,6 +54,16 @@ def theirs_sklearn(x: np.ndarray, k: int, iterations: int) -> np.ndarray:
 RIVALS = {"faiss": theirs_faiss, "sklearn": theirs_sklearn}
 
 
+def tell(k: int, name: str, runs: dict[str, dict[str, float]]) -> None:
+    """Print the line of one run, beside the first one."""
+    first, run = next(iter(runs.values())), runs[name]
+    reached = run.get("reached_s", run["s"])
+    there = "its inertia not reached" if np.isnan(reached) else f"{first['s'] / reached:.2f} to its inertia"
+    times = f"{first['s'] / run['s']:.2f} x as fast, {there}"
+    print(f"{k:>6} {name:<28}{run['s']:>9.2f}{reached:>9.2f}{run.get('near_s', run['s']):>9.2f}", end="")
+    print(f"{run['inertia']:>14.2f}   {times}, inertia {run['inertia'] / first['inertia']:.4f}", flush=True)
+
+
 def main() -> None:
     import warnings
 
@@ -78,7 +88,9 @@ def main() -> None:
         for name in filter(None, given.rivals.split(",")):
             began = time.perf_counter()
             centres = RIVALS[name](x, k, given.iterations)
-            runs[name] = {"s": time.perf_counter() - began, "inertia": inertia(x, centres)}
+            seconds = time.perf_counter() - began
+            runs[name] = {"s": seconds, "inertia": inertia(shards, centres)}
+            tell(k, name, runs)
         goal = next((run["inertia"] for run in runs.values()), 0.0)
         exact = Options(restarts=1, iterations=given.iterations)
         modes = {f"{name} seeding": replace(exact, seeding=name) for name in filter(None, given.modes.split(","))}
@@ -86,17 +98,8 @@ def main() -> None:
             modes[f"neighbors={given.neighbors}"] = replace(exact, neighbors=given.neighbors)
         for name, options in modes.items():
             runs[f"coresift, {name}"] = ours(shards, k, options, goal)
-        first = next(iter(runs.values()))
-        for name, run in runs.items():
-            reached = run.get("reached_s", run["s"])
-            there = "its inertia not reached" if np.isnan(reached) else f"{first['s'] / reached:.2f} to its inertia"
-            times = f"{first['s'] / run['s']:.2f} x as fast, {there}"
-            print(
-                f"{k:>6} {name:<28}{run['s']:>9.2f}{reached:>9.2f}{run.get('near_s', run['s']):>9.2f}{run['inertia']:>14.2f}",
-                end="",
-            )
-            print(f"   {times}, inertia {run['inertia'] / first['inertia']:.4f}", flush=True)
-            results.append({"k": k, "method": name, **run})
+            tell(k, f"coresift, {name}", runs)
+        results += [{"k": k, "method": name, **run} for name, run in runs.items()]
     print(json.dumps({"results": results, "machine": machine()}, sort_keys=True))
 
 

@@ -51,11 +51,11 @@ def main() -> None:
         prepare(shards, NOTHING)
         began = time.perf_counter()
         picks, number = d2_seeds(shards, options.k, seed, (0,))
-        found["coresift"].append((time.perf_counter() - began, inertia(x, x[picks])))
+        found["coresift"].append((time.perf_counter() - began, inertia(shards, x[picks])))
         rounds.append(number)
         began = time.perf_counter()
         picks = one_at_a_time(pool, options.k, seed)
-        found["one at a time"].append((time.perf_counter() - began, inertia(x, x[picks])))
+        found["one at a time"].append((time.perf_counter() - began, inertia(shards, x[picks])))
     means = {name: np.array(values).mean(axis=0) for name, values in found.items()}
     for name, (seconds, value) in means.items():
         print(f"{name:<16}{seconds:>8.2f} s   potential {value:.1f}")

@@ -9,7 +9,9 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from engine.nearest import nearest_sqdist
 from engine.shards import LocalShards, Reading, from_array, load_blocks
 from engine.store import FeatureStore
 
@@ -23,14 +25,10 @@ def clustered(n: int, d: int, seed: int = 0, spread: float = 0.7) -> np.ndarray:
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def inertia(x: np.ndarray, centres: np.ndarray) -> float:
-    """Return the sum of squared distances to the nearest centre, in float64, a chunk at a time."""
-    wide, total = centres.astype(np.float64), 0.0
-    squares = (wide**2).sum(axis=1)
-    for start in range(0, len(x), 4096):
-        part = x[start : start + 4096].astype(np.float64)
-        total += float(((part**2).sum(axis=1) + (squares - 2 * part @ wide.T).min(axis=1)).sum())
-    return total
+def inertia(shards: LocalShards, centres: np.ndarray) -> float:
+    """Return the sum of squared distances to the nearest centre, each in float64."""
+    at = torch.from_numpy(np.ascontiguousarray(centres, dtype=np.float32))
+    return float(sum(shards.map(lambda block: nearest_sqdist(block.x, at)[1].sum())))
 
 
 def load(uri: str | None, n: int = 20_000, d: int = 128, rows: int | None = None) -> tuple[np.ndarray, LocalShards]:

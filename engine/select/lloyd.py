@@ -17,6 +17,7 @@ import torch
 
 from engine.arrays import Bools, Ints
 from engine.blocks import Block, Ranked, fixed_point_scale, fixed_point_sums, merge_smallest, smallest, vector_scale
+from engine.canonical import canonical_sqdist
 from engine.nearest import Centres, nearest_sqdist
 from engine.select.bounds import NO_GAPS, Bounded, Motion, count_gaps, plan
 from engine.select.nearby import Approximation, assign_near, neighbors_of
@@ -107,6 +108,14 @@ def _farthest(block: Block, centres: Matrix, taken: Ints, m: int) -> Ranked:
     return smallest(-sqdist[ok], block.rows[ok], m)
 
 
+def _farthest_from_own(block: Block, centres: Centres, m: int) -> Ranked:
+    """Return `_farthest` for the centres that the block's rows were assigned to last."""
+    every = np.arange(len(block.rows), dtype=np.int64)
+    own = centres.column[block.state["cluster"]]
+    sqdist = canonical_sqdist(block.x, every, centres.c.to(block.x.device), own)
+    return smallest(-sqdist[block.eligible], block.rows[block.eligible], m)
+
+
 def farthest_rows(shards: Shards, centres: Matrix, taken: Ints, m: int) -> Ranked:
     """Return the m eligible rows farthest from their nearest centre, over the whole pool."""
     ranked: Ranked = shards.map(_farthest, centres, taken, m, combine=partial(merge_smallest, m))
@@ -151,7 +160,8 @@ class _Clusters:
         after = centres.copy()
         after[full] = means.astype(np.float32)
         if len(empty):
-            negated, rows = farthest_rows(self.shards, centres, np.empty(0, dtype=np.int64), len(empty))
+            given = Centres.of(torch.tensor(centres)), len(empty)
+            negated, rows = self.shards.map(_farthest_from_own, *given, combine=partial(merge_smallest, len(empty)))
             rows = rows[negated < 0]
             after[empty[: len(rows)]] = self.shards.take(rows).numpy()
         return after, max(0.0, self.squares - float((self.counts[full] * (means * means).sum(axis=1)).sum()))
