@@ -37,6 +37,13 @@ class InfoOptions:
     path: Annotated[str, Opt("Features, selection, metrics, comparison, or a pool.", positional=True)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Check that the files of a published folder, and of those below it, are as they were written."""
+
+    path: Annotated[str, Opt("Features, selection, metrics or comparison.", positional=True)]
+
+
 class Session:
     """One command's surroundings: its watcher, its clock, and how it prints."""
 
@@ -188,6 +195,25 @@ def _info(options: InfoOptions, flags: dict[str, bool]) -> None:
     )
 
 
+def _verify(options: VerifyOptions, flags: dict[str, bool]) -> None:
+    from engine.verify import verify
+
+    ui = Session(flags)
+    facts = verify(options.path, ui.watch)
+    bad = facts["bad"]
+    if ui.json or not bad:
+        size = f"{facts['num_files']:,} files, {facts['bytes']:,} bytes"
+        ui.result({"command": "verify", **facts}, f"{options.path}: {size}, all as written")
+    ui.watch.close()
+    if bad:
+        shown = "; ".join(f"{entry['file']} {entry['problem']}" for entry in bad[:4])
+        more = f"; and {len(bad) - 4:,} more" if len(bad) > 4 else ""
+        raise RunError(
+            f"{len(bad):,} of {facts['num_files']:,} files are not as they were written: {shown}{more}. Delete them and the "
+            "manifest.json beside them (of a part: above it), and run the command that wrote them again"
+        )
+
+
 def _strategies(options: Any, flags: dict[str, bool]) -> None:
     """List the strategies, what they read, and their options."""
     from engine.select import describe_strategies
@@ -222,6 +248,7 @@ VERBS: dict[str, tuple[type[Any], Any]] = {
     "evaluate": (EvaluateOptions, _evaluate),
     "compare": (CompareOptions, _compare),
     "info": (InfoOptions, _info),
+    "verify": (VerifyOptions, _verify),
     "strategies": (no_options(), _strategies),
     "encoders": (no_options(), _encoders),
     "demo": (DemoOptions, _demo),

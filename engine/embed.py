@@ -22,13 +22,14 @@ from engine import session
 from engine.decode import BadImageError, decode
 from engine.encoders import ENCODERS, NO_FILE, Encoder, build_encoder
 from engine.folders import Claim, Place, digest_of, now
-from engine.schema import BLOCK_ROWS, InputError, Progress, RunError, lookup, no_progress, result_options
+from engine.schema import InputError, Progress, RunError, lookup, no_progress, result_options
 from engine.sources import Columns, Sample, load_pool, open_pool, read, save_pool
 from engine.store import (
     PATTERNS,
     labels_numpy,
     part_bytes,
     part_name,
+    part_rows,
     patterns_array,
     publish_features,
     table_bytes,
@@ -37,20 +38,9 @@ from engine.store import (
 )
 from engine.verbs import EmbedOptions
 
-PARTS_WANTED = 64
-"""Small pools are cut into about this many parts, so that a handful of actors share them evenly."""
-MIN_PART_ROWS = 64
 LISTING = "pool.arrow"
 REJECTED = pa.schema([("row", pa.int64()), ("id", pa.string()), ("uri", pa.string()), ("reason", pa.string())])
 DEFAULT_BATCH = {"cpu": 16, "cuda": 256}
-
-
-def part_rows(num_rows: int) -> int:
-    """Return the rows of a part: a power of two from 64 to a block's, so that a part never spans two blocks."""
-    rows = MIN_PART_ROWS
-    while rows * 2 * PARTS_WANTED <= num_rows and rows < BLOCK_ROWS:
-        rows *= 2
-    return rows
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ FORMAT = 1
 
 
 """Version of the folder layout; a store of another version is refused by name."""
+BOOKKEEPING = ("run.json", "manifest.json", "journal.npz")
+"""Files of a folder that are about the run, not what it gave."""
+CHUNK_BYTES = 1 << 22
 
 
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -257,10 +260,26 @@ def begin(
     return published
 
 
+def sha256_of(file: Place) -> str:
+    """Return the sha256 of a file, as hex; it is never in memory as a whole."""
+    found = hashlib.sha256()
+    with file.fs.open_input_stream(file.path) as stream:
+        while data := stream.read(CHUNK_BYTES):
+            found.update(data)
+    return found.hexdigest()
+
+
+def _files_of(place: Place) -> dict[str, dict[str, Any]]:
+    """Return size and sha256 of the files that stand in a folder beside its bookkeeping."""
+    infos = {name: place.fs.get_file_info(place.at(name).path) for name in place.names() if name not in BOOKKEEPING}
+    files = {name: info for name, info in infos.items() if info.type == pafs.FileType.File and ".tmp-" not in name}
+    return {name: {"sha256": sha256_of(place.at(name)), "bytes": info.size} for name, info in files.items()}
+
+
 def publish(place: Place, facts: dict[str, Any]) -> dict[str, Any]:
-    """Write the manifest of a folder that was begun: its identity, `facts`, versions and the time. Returns it."""
+    """Write the manifest of a folder that was begun: its identity, `facts`, its files, versions and the time. Returns it."""
     identity = json.loads(place.at("run.json").read())
-    manifest = {"format": FORMAT, **identity, **facts, "versions": versions(), "published": now()}
+    manifest = {"format": FORMAT, **identity, **facts, "files": _files_of(place), "versions": versions(), "published": now()}
     place.at("manifest.json").write(to_json(manifest))
     result: dict[str, Any] = json.loads(to_json(manifest))
     return result

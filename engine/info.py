@@ -9,7 +9,7 @@ import numpy as np
 from engine.folders import Place, read_manifest, read_run
 from engine.schema import InputError
 from engine.sources import open_pool
-from engine.store import FeatureStore
+from engine.store import FeatureStore, part_rows
 
 SHOWN = {
     "features": ("num_rows", "num_vectors", "num_rejected", "num_labeled", "dim", "dtype", "block_rows", "encoder", "pool"),
@@ -34,6 +34,9 @@ def _unfinished(place: Place, begun: dict[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {"kind": begun["kind"], "state": "unfinished", "options": begun["options"]}
     if begun["kind"] == "features":
         facts["parts_done"] = len(parts)
+        num_rows = begun["inputs"].get("pool", {}).get("num_rows")
+        if num_rows is not None:
+            facts["num_rows"], facts["parts_missing"] = num_rows, -(-num_rows // part_rows(num_rows)) - len(parts)
     return facts
 
 

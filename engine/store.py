@@ -17,6 +17,9 @@ from engine.schema import BLOCK_ROWS, InputError
 
 PATTERNS = "patterns"
 """The column that holds a list of vectors for each image; any other holds one."""
+PARTS_WANTED = 64
+"""Small pools are cut into about this many parts, so that a handful of actors share them evenly."""
+MIN_PART_ROWS = 64
 
 
 def table_bytes(table: pa.Table) -> pa.Buffer:
@@ -33,6 +36,14 @@ def part_bytes(table: pa.Table) -> pa.Buffer:
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=max(1, len(table)))
     return sink.getvalue()
+
+
+def part_rows(num_rows: int) -> int:
+    """Return the rows of a part: a power of two from 64 to a block's, so that a part never spans two blocks."""
+    rows = MIN_PART_ROWS
+    while rows * 2 * PARTS_WANTED <= num_rows and rows < BLOCK_ROWS:
+        rows *= 2
+    return rows
 
 
 def part_name(start: int) -> str:

@@ -19,7 +19,7 @@ FLOORS = [
     {"engine.runner", "engine.placement"},
     {"engine.embed", "engine.ingest", "engine.select"},
     {"engine.evaluate", "engine.dedup"},
-    {"engine.compare", "engine.info"},
+    {"engine.compare", "engine.info", "engine.verify"},
     {"engine.demo"},
     {"jobs"},
     {"cli"},

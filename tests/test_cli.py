@@ -254,8 +254,22 @@ def test_demo(tmp_path, capsys, monkeypatch):
 
 
 def test_every_verb_answers_in_json_here():
-    tested = {"embed", "import", "dedup", "select", "evaluate", "compare", "info", "strategies", "encoders", "demo"}
+    tested = {"embed", "import", "dedup", "select", "evaluate", "compare", "info", "verify", "strategies", "encoders", "demo"}
     assert set(VERBS) == tested
+
+
+# --- verify
+
+
+def test_verify(world, tmp_path, capsys):
+    folder = tmp_path / "several"
+    shutil.copytree(world / "several", folder)
+    assert answers(capsys, ["verify", str(folder)])["bad"] == []
+    assert run(["verify", str(folder)]) == 0
+    assert "as written" in capsys.readouterr().out
+    (folder / "5" / "ids.txt").write_text("other\n")
+    fails(capsys, ["verify", str(folder)], 1, "5/ids.txt has 6 bytes")
+    fails(capsys, ["verify", str(tmp_path / "none")], 2, "does not exist")
 
 
 # --- info
@@ -272,7 +286,7 @@ def test_every_verb_answers_in_json_here():
         ("metrics", {"kind": "metrics", "state": "published"}),
         ("compared", {"kind": "comparison", "state": "published", "num_cells": 1}),
         ("compared/cells/random/seed-0/5/metrics", {"kind": "metrics"}),
-        ("half-features", {"kind": "features", "state": "unfinished", "parts_done": 1}),
+        ("half-features", {"kind": "features", "state": "unfinished", "parts_done": 1, "parts_missing": 0}),
         ("half-selection", {"kind": "selection", "state": "unfinished"}),
         ("images", {"kind": "pool", "source": "folder", "num_rows": 6, "class_names": ["cat", "dog"]}),
     ],

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from engine import embed as embed_module
-from engine.embed import PartEncoder, embed, part_rows
+from engine.embed import PartEncoder, embed
 from engine.encoders import PixelsEncoder
 from engine.schema import InputError, RunError
-from engine.store import FeatureStore
+from engine.store import FeatureStore, part_rows
 from engine.verbs import EmbedOptions
 
 
