@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from engine.arrays import Ints
 from engine.folders import Place, digest_of, publish, read_manifest, read_run
 from engine.schema import BLOCK_ROWS, InputError
 
@@ -154,17 +155,20 @@ class FeatureStore:
         return [name for name in self.read_part(parts[0]["name"]).column_names if name != self.column] if parts else []
 
     def read_part(self, name: str, columns: Iterable[str] | None = None) -> pa.Table:
-        """Return one part as a table; on a local disk it is a view of the mapped file."""
+        """Return one part, or some columns of it; on a local disk a view of the mapped file, elsewhere what was asked for."""
         place = self.place.at("parts", name)
-        local = isinstance(place.fs, pafs.LocalFileSystem)
-        source = pa.memory_map(place.path) if local else place.fs.open_input_file(place.path)
+        if isinstance(place.fs, pafs.LocalFileSystem):  # a mapped file, read whole, is not copied; some of its columns are
+            table = pa.ipc.open_file(pa.memory_map(place.path)).read_all()
+            return table if columns is None else table.select(list(columns))
+        source = place.fs.open_input_file(place.path)
         reader = pa.ipc.open_file(source)
-        if columns is not None:
-            wanted = [reader.schema.get_field_index(column) for column in columns]
-            source.seek(0)
-            reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=wanted))
-            return reader.read_all().select(list(columns))
-        return reader.read_all()
+        if columns is None:
+            return reader.read_all()
+        wanted = [reader.schema.get_field_index(column) for column in columns]
+        source.seek(0)
+        reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=wanted))
+        some = reader.read_all().select(list(columns))
+        return pa.ipc.open_file(part_bytes(some)).read_all()  # else these columns keep buffers of the whole part alive
 
     @cached_property
     def block_parts(self) -> list[list[str]]:
@@ -205,23 +209,33 @@ class FeatureStore:
         if rows is None:
             return vectors_numpy(self.read_column(self.column)).astype(np.float32)
         out = np.empty((len(rows), self.dim), dtype=np.float32)
+        for mine, at, table in self._tables_of(rows, self.column):
+            out[mine] = vectors_numpy(table[self.column])[at]
+        return out
+
+    def _tables_of(self, rows: npt.NDArray[np.int64], column: str) -> Iterator[tuple[Ints, Ints, pa.Table]]:
+        """Yield (which of `rows`, their places in the table, the table) for every block that some pool rows are in.
+
+        Raises InputError for rows without a vector.
+        """
         outside = rows[(rows < 0) | (rows >= self.num_rows)]
         if len(outside):
             raise InputError(f"{self.place.uri} has rows 0 to {self.num_rows - 1}, not {outside[0]}")
         for index in np.unique(rows // self.block_rows):
-            table = self.read_block(int(index), ["row", self.column])
+            table = self.read_block(int(index), ["row", column])
             mine = np.flatnonzero(rows // self.block_rows == index)
             have = table["row"].to_numpy()
             at = np.searchsorted(have, rows[mine])
             if len(have) == 0 or not np.array_equal(have[np.minimum(at, len(have) - 1)], rows[mine]):
                 raise InputError(f"{self.place.uri} has no vector for some of rows {rows[mine][:5].tolist()}...")
-            out[mine] = vectors_numpy(table[self.column])[at]
-        return out
+            yield mine, at, table
 
     def ids(self, rows: npt.NDArray[np.int64]) -> list[str]:
-        """Return the ids of some pool rows that have a vector, in the order given."""
-        at = np.searchsorted(self.rows, rows)
-        return [str(value) for value in self.read_column("id").take(pa.array(at)).to_pylist()]
+        """Return the ids of some pool rows that have a vector, in the order given; raises InputError for others."""
+        out = np.empty(len(rows), dtype=object)
+        for mine, at, table in self._tables_of(rows, "id"):
+            out[mine] = table["id"].take(pa.array(at)).to_pylist()
+        return [str(name) for name in out]
 
 
 def publish_features(place: Place, parts: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pytest
 
 from engine.folders import FORMAT, Place, begin, digest_of, publish, read_manifest, to_json
@@ -272,6 +273,30 @@ def test_blocks_hold_their_rows_and_the_columns_asked(two_blocks):
     assert two_blocks.read_block(1, ["row"])["row"].to_pylist() == list(range(8192, 8292))
     assert two_blocks.read_block(0).column_names == ["row", "id", "label", "embedding"]
     assert len(two_blocks.read_block(0)) == 8192
+
+
+def test_small_columns_of_a_local_store_are_views_of_its_files(two_blocks):
+    before = pa.total_allocated_bytes()
+    columns = [two_blocks.read_column(name) for name in ("row", "id")]
+    assert pa.total_allocated_bytes() == before
+    assert all(len(column) == two_blocks.num_vectors for column in columns)
+
+
+def test_small_columns_from_elsewhere_keep_nothing_else_in_memory(tmp_path, monkeypatch):
+    class Elsewhere(pafs.SubTreeFileSystem):
+        """A filesystem that is not the local one."""
+
+    rows, dim = 4096, 256
+    np.save(tmp_path / "x.npy", np.zeros((rows, dim), np.float32))
+    import_features(ImportOptions(file=str(tmp_path / "x.npy"), out=str(tmp_path / "features")))
+    store = FeatureStore(str(tmp_path / "features"))
+    elsewhere = Elsewhere(str(tmp_path), pafs.LocalFileSystem())
+    monkeypatch.setattr(Place, "opened", property(lambda self: (elsewhere, self.uri.removeprefix(str(tmp_path) + "/"))))
+    before = pa.total_allocated_bytes()
+    column = store.read_column("row")
+    assert column.to_pylist() == list(range(rows))
+    assert pa.total_allocated_bytes() - before < 4 * 8 * rows
+    assert store.vectors(np.array([7], dtype=np.int64)).shape == (1, dim)
 
 
 def test_a_store_may_be_opened_by_uri(two_blocks):
