@@ -23,7 +23,7 @@ from engine.decode import BadImageError, decode
 from engine.encoders import ENCODERS, NO_FILE, Encoder, build_encoder
 from engine.folders import Claim, Place, digest_of, now
 from engine.schema import InputError, Progress, RunError, lookup, no_progress, result_options
-from engine.sources import Columns, Sample, load_pool, open_pool, read, save_pool
+from engine.sources import Sample, columns_of, load_pool, open_pool, read, save_pool
 from engine.store import (
     PATTERNS,
     labels_numpy,
@@ -309,7 +309,7 @@ def embed(options: EmbedOptions, progress: Progress = no_progress) -> dict[str, 
     unusable input, RunError when too many images are bad.
     """
     lookup(options.encoder, ENCODERS, "encoder")
-    pool = open_pool(options.pool, Columns(options.image_column, options.label_column))
+    pool = open_pool(options.pool, columns_of(options))
     _rejected_limit(options.max_rejected, pool.num_rows)
     place = Place(options.out)
     inputs: dict[str, Any] = {"pool": {"digest": pool.digest, "num_rows": pool.num_rows}}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from importlib import metadata
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -31,17 +32,54 @@ FORMAT = 1
 BOOKKEEPING = ("run.json", "manifest.json", "journal.npz")
 """Files of a folder that are about the run, not what it gave."""
 CHUNK_BYTES = 1 << 22
+PYARROW_SCHEMES = frozenset(("file", "s3", "gs", "gcs", "hdfs", "viewfs"))
+"""What pyarrow opens by itself; its errors are about the address, not about what it knows."""
+WEB = ("http", "https")
 
 
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """Return (filesystem, path) for a local path or any URI that pyarrow knows (s3://, gs://, file://)."""
+    """Return (filesystem, path) for a local path, any URI that pyarrow knows (s3://, gs://), or one that fsspec does.
+
+    Raises InputError where neither knows it, or its driver is not installed.
+    """
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     try:
         filesystem, path = pafs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"cannot open {uri!r}: {error}") from error
+        if uri.split("://")[0] in PYARROW_SCHEMES:
+            raise InputError(f"cannot open {uri!r}: {error}") from error
+        return _open_fsspec(uri)
     return filesystem, path
+
+
+def _open_fsspec(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Return (filesystem, path) of a URI by fsspec's driver for its protocol (az://, abfs://, http://, hf://, ...).
+
+    Names are percent-encoded in a URI, as pyarrow has it; a web address is passed on as it stands.
+    """
+    import fsspec
+
+    protocol = uri.split("://")[0]
+    try:
+        driver = fsspec.filesystem(protocol)
+    except ImportError as error:
+        raise InputError(f"cannot open {uri!r}: the driver for {protocol}:// is missing ({error})") from error
+    except ValueError as error:
+        known = ", ".join(sorted({*PYARROW_SCHEMES, *fsspec.available_protocols()}))
+        raise InputError(f"cannot open {uri!r}: {protocol}:// is none of the known filesystems ({known})") from error
+    path = uri if protocol in WEB else driver._strip_protocol(unquote(uri))
+    return pafs.PyFileSystem(pafs.FSSpecHandler(driver)), path
+
+
+def _read_fsspec(fs: pafs.PyFileSystem, path: str) -> bytes:
+    """Return a file in one request; drivers raise errors of their own libraries, which become OSError here."""
+    try:
+        return bytes(fs.handler.fs.cat_file(path))
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -71,9 +109,17 @@ class Place:
         return self.path if isinstance(self.fs, pafs.LocalFileSystem) else self.uri
 
     def at(self, *names: str) -> Place:
-        """Return the place below this one; names are names of files, whatever characters they hold."""
-        is_uri = "://" in self.uri
-        return Place("/".join([self.uri.rstrip("/"), *(quote(name) if is_uri else name for name in names)]))
+        """Return the place below this one; names are names of files, whatever characters they hold.
+
+        Below a URI it shares this one's filesystem: an object store's client is slow to make.
+        """
+        if "://" not in self.uri:
+            return Place("/".join([self.uri.rstrip("/"), *names]))
+        quoted = [quote(name) for name in names]
+        below = Place("/".join([self.uri.rstrip("/"), *quoted]))
+        on_web = self.uri.split("://")[0] in WEB
+        below.__dict__["opened"] = self.fs, "/".join([self.path.rstrip("/"), *(quoted if on_web else names)])
+        return below
 
     def kind(self) -> pafs.FileType:
         """Return whether this is a file, a folder or nothing."""
@@ -93,7 +139,9 @@ class Place:
         return sorted(info.base_name for info in self.fs.get_file_info(selector))
 
     def read(self) -> bytes:
-        """Return the whole file."""
+        """Return the whole file; raises OSError where it can't be read."""
+        if isinstance(self.fs, pafs.PyFileSystem):
+            return _read_fsspec(self.fs, self.path)
         with self.fs.open_input_stream(self.path) as stream:
             return bytes(stream.read())
 
@@ -111,6 +159,21 @@ class Place:
         try:
             with open(temporary, "wb") as file:
                 file.write(data)
+            os.replace(temporary, self.path)
+        finally:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+
+    def write_from(self, file: str) -> None:
+        """Write a copy of a local file, in a stream, so that on a local disk it appears complete or not at all."""
+        local = pafs.LocalFileSystem()
+        if not isinstance(self.fs, pafs.LocalFileSystem):
+            pafs.copy_files(file, self.path, source_filesystem=local, destination_filesystem=self.fs)
+            return
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        temporary = f"{self.path}.tmp-{uuid.uuid4().hex[:8]}"
+        try:
+            shutil.copyfile(file, temporary)
             os.replace(temporary, self.path)
         finally:
             if os.path.exists(temporary):

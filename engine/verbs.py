@@ -49,7 +49,14 @@ Precision = Annotated[
 class EmbedOptions:
     """Embed a pool of images: one vector for each."""
 
-    pool: Annotated[str, Opt("Image folder, Parquet file or folder (image bytes), or CIFAR's own files.", positional=True)]
+    pool: Annotated[
+        str,
+        Opt(
+            "Image folder; Parquet, Arrow; CSV or text list; datasets folder or hf://owner/name; COCO .json; VOC folder; "
+            "tar shards; CIFAR's or SVHN's own files.",
+            positional=True,
+        ),
+    ]
     out: Out
     encoder: Annotated[str, Opt("What to compute: see `coresift encoders`.")] = "embedding"
     backbone: Annotated[str, Opt("Any timm model, by its hub name.")] = "vit_small_patch16_224.dino"
@@ -89,8 +96,20 @@ class EmbedOptions:
         int | None, Opt("Images in a batch of the encoder. Default: 16 on a CPU, 256 on a GPU.", min=1, max=65536)
     ] = None
     channels_last: Annotated[bool, Opt("Channels-last memory format: faster for convolutions.")] = True
-    image_column: Annotated[str | None, Opt("Parquet: column of the images. Default: image or img.")] = None
-    label_column: Annotated[str | None, Opt("Parquet: column of the labels. Default: label, labels or fine_label.")] = None
+    images: Annotated[
+        str | None, Opt("COCO, lists: folder of the images they name. Default: found beside the file.", metavar="DIR")
+    ] = None
+    split: Annotated[str | None, Opt("datasets, VOC: which split. Default: train, trainval.")] = None
+    image_column: Annotated[
+        str | None,
+        Opt("Tables: column of the images. Default: image, img; or uri, path, file_name, image_path, url."),
+    ] = None
+    label_column: Annotated[str | None, Opt("Tables, tar: column of the labels. Default: label, labels or fine_label.")] = None
+    id_column: Annotated[str | None, Opt("Tables: column of the ids. Default: id, if there, else the images' paths.")] = None
+    metadata_column: Annotated[
+        tuple[str, ...],
+        Opt("Tables, tar: a further column to keep. Repeatable. Default: all that can be.", metavar="NAME", repeat=True),
+    ] = ()
     max_pixels: Annotated[int, Opt("Images with more pixels are rejected before they are decoded.", min=1)] = MAX_PIXELS
     max_rejected: Annotated[str, Opt("Share (1%) or count of bad images above which the run fails.", result=False)] = "1%"
     workers: Annotated[

@@ -120,6 +120,7 @@ def test_nothing_but_the_store_is_left(tmp_path, grey_pool):
         "parts/part-000000000064.arrow",
         "parts/part-000000000128.arrow",
         "pool.arrow",
+        "pool.json",
         "rejected.parquet",
         "run.json",
     ]

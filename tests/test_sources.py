@@ -7,44 +7,13 @@ import pickle
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pools import IMAGE, everything, images_column, make_folder, png, refused, value_of, write
 
 from engine.folders import Place
 from engine.schema import InputError
 from engine.sources import Columns, load_pool, open_pool, read, save_pool
-
-
-def png(value):
-    """A 2 x 2 grey PNG of one value: enough to tell which image it is."""
-    buffer = io.BytesIO()
-    Image.new("L", (2, 2), value).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def value_of(sample):
-    return Image.open(io.BytesIO(sample.data)).getpixel((0, 0))
-
-
-def everything(pool):
-    return list(read(pool, 0, pool.num_rows))
-
-
-def make_folder(folder, names):
-    """Write PNGs under these names; the n-th has grey value n."""
-    for value, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(png(value))
-    return folder
-
-
-def refused(uri, *words, columns=None):
-    with pytest.raises(InputError) as caught:
-        open_pool(str(uri), columns)
-    for word in words:
-        assert str(word) in str(caught.value)
-
 
 # --- image folder
 
@@ -131,22 +100,9 @@ def test_a_pool_may_be_a_uri(tmp_path):
 
 # --- Parquet
 
-IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 HUGGINGFACE = {
     "info": {"features": {"image": {"_type": "Image"}, "label": {"names": ["plane", "car", "bird"], "_type": "ClassLabel"}}}
 }
-
-
-def images_column(values, paths=None):
-    paths = paths or [f"img_{value}.png" for value in values]
-    return pa.array([{"bytes": png(v), "path": path} for v, path in zip(values, paths, strict=True)], IMAGE)
-
-
-def write(file, columns, group=100, metadata=None):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.table(columns)
-    pq.write_table(table.replace_schema_metadata(metadata) if metadata else table, file, row_group_size=group)
-    return file
 
 
 def test_hugging_face_convention(tmp_path):
@@ -175,7 +131,7 @@ def test_an_id_column_goes_before_paths(tmp_path):
 
 @pytest.mark.parametrize(
     ("ids", "words"),
-    [(["a", "b", "b"], ["ids must differ", "'b'", "2 times"]), (["a", None, "c"], ["row 1 has no id"])],
+    [(["a", "b", "b"], ["ids must differ", "'b'", "rows 1 and 2"]), (["a", None, "c"], ["row 1 has no id"])],
     ids=["twice", "missing"],
 )
 def test_ids_that_are_not_ids_are_named(tmp_path, ids, words):
@@ -185,7 +141,7 @@ def test_ids_that_are_not_ids_are_named(tmp_path, ids, words):
 def test_ids_are_compared_over_all_files(tmp_path):
     for name in "ab":
         write(tmp_path / f"{name}.parquet", {"image": images_column([1]), "id": pa.array(["same"])})
-    refused(tmp_path, "'same'", "2 times")
+    refused(tmp_path, "'same'", "rows 0 and 1")
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
@@ -207,7 +163,7 @@ def many_groups(tmp_path):
 
 
 def test_row_groups_are_listed_in_order(many_groups):
-    assert many_groups.listing.to_pydict() == {
+    assert many_groups.listing.read(0, 5).to_pydict() == {
         "file": ["a.parquet", "a.parquet", "b/0.parquet", "b/0.parquet", "c.parquet"],
         "group": [0, 1, 0, 1, 0],
         "start": [0, 2, 3, 5, 6],
@@ -219,6 +175,16 @@ def test_row_groups_are_listed_in_order(many_groups):
 def test_ranges_cross_row_groups_and_files(many_groups, start, stop):
     found = [(s.row, value_of(s), s.label, s.id) for s in read(many_groups, start, stop)]
     assert found == [(row, row, row, f"img_{row}.png") for row in range(start, stop)]
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 150), (0, 1), (63, 66), (64, 128), (100, 149), (149, 150)])
+def test_a_large_row_group_is_read_in_pieces(tmp_path, monkeypatch, start, stop):
+    monkeypatch.setattr("engine.sources.parquet.HELD_BYTES", 1000)
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile.read_row_group", None)
+    columns = {"image": images_column(range(150)), "n": pa.array(range(150))}
+    pool = open_pool(str(write(tmp_path / "x.parquet", columns, group=150)))
+    found = [(s.row, value_of(s), s.id, s.extra) for s in read(pool, start, stop)]
+    assert found == [(row, row, f"img_{row}.png", {"n": row}) for row in range(start, stop)]
 
 
 def test_other_files_in_a_parquet_folder_are_left_alone(tmp_path):
@@ -241,7 +207,7 @@ def test_a_column_of_paths_is_read_beside_the_file(tmp_path):
     samples = everything(open_pool(str(write(tmp_path / "x.parquet", {"image": pa.array(paths)}))))
     assert [value_of(s) for s in samples[:2]] == [1, 1]
     assert samples[2].error.startswith("cannot be read")
-    assert [s.id for s in samples] == ["0", "1", "2"]
+    assert [s.id for s in samples] == paths
 
 
 def test_an_image_without_bytes_is_read_from_its_path(tmp_path):
@@ -417,7 +383,7 @@ def test_pools_that_cannot_be_used(tmp_path):
     refused(tmp_path / "empty", "empty'", "is empty", ".png")
     refused(tmp_path / "words", "words", "is empty")
     refused(tmp_path / "none.parquet", "none.parquet", "is empty")
-    refused(tmp_path / "single.png", "single.png", "neither .parquet nor a CIFAR batch")
+    refused(tmp_path / "single.png", "single.png", "neither a CIFAR batch nor one of", ".parquet")
 
 
 def make_pool(kind, folder):
@@ -437,8 +403,8 @@ def test_a_saved_listing_is_the_same_pool(tmp_path, kind):
     assert pool.kind == kind
     save_pool(pool, Place(str(tmp_path / "pool.arrow")))
     again = load_pool(Place(str(tmp_path / "pool.arrow")))
-    assert again.listing.equals(pool.listing)
-    for name in ("uri", "kind", "num_rows", "digest", "class_names", "detail"):
+    assert again.listing.read(0, 9).equals(pool.listing.read(0, 9))
+    for name in ("uri", "kind", "num_rows", "digest", "class_names", "detail", "schema"):
         assert getattr(again, name) == getattr(pool, name)
     assert [(s.row, s.id, s.label) for s in read(again, 1, 3)] == [(s.row, s.id, s.label) for s in read(pool, 1, 3)]
 

@@ -1,50 +1,113 @@
 """Pools of images: the SOURCES table, one module a kind.
 
-`open_pool` lists a pool once, on the driver; `read` gives the samples of a range of its rows, on any worker. A pool
-row is a position in the listing, which is sorted, so the same pool has the same rows everywhere.
+`open_pool` lists a pool once, on the driver, in a stream; `read` gives the samples of a range of its rows, on any worker.
+A pool row is a position in the listing, which is in a fixed order, so the same pool has the same rows everywhere.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from types import ModuleType
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
-from engine.folders import Place
+from engine.folders import Place, to_json
 from engine.schema import InputError
-from engine.sources import cifar, folder, parquet
-from engine.sources.pool import Columns, Pool, Sample
-from engine.store import part_bytes
+from engine.sources import cifar, coco, folder, hub, lists, parquet, svhn, tar, voc
+from engine.sources.listing import Listing
+from engine.sources.pool import IMAGE_SUFFIXES, Columns, Pool, Sample, columns_of
+from engine.sources.roles import find_roles
+from engine.sources.tables import TABLES, schema_of, suffix_of
+from engine.sources.walk import ending, entries_of
 
-SOURCES: dict[str, ModuleType] = {"folder": folder, "parquet": parquet, "cifar": cifar}
-"""Each has list_pool(place, columns) -> Pool and read(pool, start, stop) -> samples."""
+SOURCES: dict[str, ModuleType] = {
+    "folder": folder,
+    "parquet": parquet,
+    "list": lists,
+    "datasets": hub,
+    "coco": coco,
+    "voc": voc,
+    "tar": tar,
+    "cifar": cifar,
+    "svhn": svhn,
+}
+"""Each has USES, the fields of Columns that mean something to it; list_pool(place, columns) -> Pool; and
+read(pool, start, stop) -> samples."""
+
+FILE_KINDS = {".csv": "list", ".tsv": "list", ".txt": "list", ".json": "coco", ".tar": "tar", ".mat": "svhn"}
+FACTS = ("uri", "kind", "num_rows", "digest", "class_names", "detail")
 
 
-def _detect(place: Place) -> str:
+def _table_kind(place: Place, file: Place, columns: Columns) -> str:
+    """Return whether tables hold images or a list of them."""
+    return "list" if find_roles(schema_of(file), columns, place.uri).paths else "parquet"
+
+
+def _folder_kind(place: Place, columns: Columns) -> str:
+    """Return the kind of a folder: what its layout is known as, else that of the first directory with data in it.
+
+    There tables go before shards, and shards before images.
+    """
+    for kind, is_one in (("datasets", hub.is_saved), ("voc", voc.is_voc), ("cifar", cifar.files_of)):
+        if is_one(place):
+            return kind
+    waiting = [""]
+    while waiting:
+        below = waiting.pop()
+        names = entries_of(place, below)["path"]
+        tables = names.filter(pc.match_substring_regex(names, ending(TABLES)))
+        if len(tables):
+            return _table_kind(place, place.at(*f"{below}{tables[0]}".split("/")), columns)
+        if not below and pc.any(pc.ends_with(names, ".tar")).as_py():
+            return "tar"
+        if pc.any(pc.match_substring_regex(names, ending(IMAGE_SUFFIXES))).as_py():
+            return "folder"
+        waiting += [f"{below}{name}" for name in reversed(names.filter(pc.ends_with(names, "/")).to_pylist())]
+    return "folder"
+
+
+def _detect(place: Place, columns: Columns) -> str:
+    if hub.is_hub_name(place.uri):
+        return "datasets"
+    if suffix_of(place.path) == ".tar" and tar.RANGE.search(place.path.rsplit("/", 1)[-1]):
+        return "tar"
     kind = place.kind()
     if kind == pafs.FileType.NotFound:
-        raise InputError(f"pool {place.uri!r} does not exist: give an image folder, a Parquet file or folder, or CIFAR's files")
-    if place.path.endswith(".parquet") and kind == pafs.FileType.File:
-        return "parquet"
+        raise InputError(f"pool {place.uri!r} does not exist: give a folder of images, or a file that lists or holds them")
+    if kind == pafs.FileType.Directory:
+        return _folder_kind(place, columns)
     if cifar.files_of(place):
         return "cifar"
-    if kind == pafs.FileType.File:
-        raise InputError(f"pool {place.uri!r} is a file that is neither .parquet nor a CIFAR batch")
-    return "parquet" if parquet.files_of(place) else "folder"
+    suffix = suffix_of(place.path)
+    if suffix in TABLES:
+        return _table_kind(place, place, columns)
+    if suffix in FILE_KINDS:
+        return FILE_KINDS[suffix]
+    allowed = ", ".join(sorted((*TABLES, *FILE_KINDS)))
+    raise InputError(f"pool {place.uri!r} is a file that is neither a CIFAR batch nor one of {allowed}")
 
 
 def open_pool(uri: str, columns: Columns | None = None) -> Pool:
     """List a pool: find out its kind, its rows in their fixed order, and its digest.
 
-    Raises InputError when it is missing, empty, or of no known kind.
+    Raises InputError when it is missing, empty, of no known kind, or something was given that its kind has no use for.
     """
-    place = Place(Place(uri).absolute)
-    pool: Pool = SOURCES[_detect(place)].list_pool(place, columns or Columns())
+    columns = columns or Columns()
+    place = Place(uri) if hub.is_hub_name(uri) else Place(Place(uri).absolute)
+    kind = _detect(place, columns)
+    source = SOURCES[kind]
+    for name, flag in columns.given.items():
+        if name not in source.USES:
+            raise InputError(
+                f"{flag} {getattr(columns, name)!r} means nothing for {uri!r}, a pool of kind {kind}: leave it out"
+            )
+    pool: Pool = source.list_pool(place, columns)
     if pool.num_rows == 0:
-        raise InputError(f"pool {uri!r} is empty: no file in it ends in {', '.join(sorted(folder.IMAGE_SUFFIXES))} or .parquet")
+        raise InputError(f"pool {uri!r} is empty: there is no {', '.join(sorted(IMAGE_SUFFIXES))} file in it, nor a row")
     return pool
 
 
@@ -54,18 +117,29 @@ def read(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
     return samples
 
 
+def _facts_place(place: Place) -> Place:
+    return Place(place.uri.removesuffix(".arrow") + ".json")
+
+
 def save_pool(pool: Pool, place: Place) -> None:
-    """Write a listing to a file that every worker can read."""
-    facts = {name: getattr(pool, name) for name in ("uri", "kind", "num_rows", "digest", "class_names", "detail")}
-    place.write(part_bytes(pool.listing.replace_schema_metadata({"pool": json.dumps(facts)})))
+    """Write a pool where every worker can read it: its listing at `place`, a file NAME.arrow, its facts in NAME.json.
+
+    The facts are written last. Nothing of the listing passes through this process but a buffer.
+    """
+    place.write_from(pool.listing.place.path)
+    facts = {name: getattr(pool, name) for name in FACTS}
+    schema = base64.b64encode(pool.schema.serialize()).decode()
+    listing = {"num_rows": pool.listing.num_rows, "digest": pool.listing.digest}
+    _facts_place(place).write(to_json({**facts, "schema": schema, "listing": listing}))
 
 
 def load_pool(place: Place) -> Pool:
-    """Read what `save_pool` wrote."""
-    listing = pa.ipc.open_file(pa.py_buffer(place.read())).read_all()
-    facts = json.loads(listing.schema.metadata[b"pool"])
+    """Open what `save_pool` wrote; the listing is read when it is asked for."""
+    facts = json.loads(_facts_place(place).read())
+    listing = Listing(place, **facts.pop("listing"))
+    schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(facts.pop("schema"))))
     names = facts.pop("class_names")
-    return Pool(listing=listing, class_names=tuple(names) if names else None, **facts)
+    return Pool(listing=listing, schema=schema, class_names=tuple(names) if names else None, **facts)
 
 
-__all__ = ["SOURCES", "Columns", "Pool", "Sample", "load_pool", "open_pool", "read", "save_pool"]
+__all__ = ["SOURCES", "Columns", "Pool", "Sample", "columns_of", "load_pool", "open_pool", "read", "save_pool"]

@@ -16,9 +16,12 @@ from PIL import Image
 
 from engine.folders import Place, digest_of
 from engine.schema import InputError
-from engine.sources.pool import Columns, Pool, Sample, stamp
+from engine.sources.listing import ListingWriter, extents
+from engine.sources.pool import Columns, Pool, Sample, folder_of, stamp
 
 CIFAR_SIDE_PX = 32
+USES: frozenset[str] = frozenset()
+BATCHES = pa.schema([("file", pa.string()), ("start", pa.int64()), ("count", pa.int64())])
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -42,7 +45,7 @@ def files_of(place: Place) -> list[str]:
     """Return the names of the batches a CIFAR pool consists of: those of a folder's training set, or the one file ('')."""
     if place.kind() == pafs.FileType.File:
         return [""] if _is_cifar_name(place.path.rsplit("/", 1)[-1]) else []
-    names = [name for name in place.names() if name.removesuffix(".bin") in CIFAR_TRAIN]
+    names = sorted(name + ending for name in CIFAR_TRAIN for ending in ("", ".bin"))
     return [name for name in names if place.at(name).kind() == pafs.FileType.File]
 
 
@@ -76,7 +79,7 @@ def _cifar_batch(uri: str, stamped: tuple[int, int]) -> tuple[npt.NDArray[np.uin
 
 
 def _cifar_names(place: Place) -> tuple[str, ...] | None:
-    folder = place if place.kind() == pafs.FileType.Directory else Place(place.path.rsplit("/", 1)[0])
+    folder = place if place.kind() == pafs.FileType.Directory else folder_of(place)
     for name in ("batches.meta.txt", "fine_label_names.txt"):
         if folder.at(name).exists():
             return tuple(line.strip() for line in folder.at(name).read().decode().splitlines() if line.strip())
@@ -85,28 +88,24 @@ def _cifar_names(place: Place) -> tuple[str, ...] | None:
 
 def list_pool(place: Place, columns: Columns) -> Pool:
     """List the batches of a CIFAR pool."""
-    files = files_of(place)
-    counts, facts = [], []
-    for name in files:
+    writer = ListingWriter(BATCHES)
+    facts, start = [], 0
+    for name in files_of(place):
         file = place.at(name) if name else place
-        counts.append(len(_cifar_batch(file.uri, stamp(file))[1]))
-        info = file.fs.get_file_info(file.path)
-        facts.append([name, info.size, info.mtime_ns])
-    starts = np.concatenate([[0], np.cumsum(counts)])[:-1].astype(np.int64)
-    listing = pa.table({"file": pa.array(files, pa.string()), "start": starts, "count": pa.array(counts, pa.int64())})
-    return Pool(place.uri, "cifar", int(sum(counts)), digest_of(facts), _cifar_names(place), listing, {})
+        count = len(_cifar_batch(file.uri, stamp(file))[1])
+        writer.add(pa.table([[name], [start], [count]], schema=BATCHES))
+        facts.append([name, *stamp(file)])
+        start += count
+    return Pool(place.uri, "cifar", start, digest_of(facts), _cifar_names(place), {}, writer.finish())
 
 
 def read(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
     """Yield the samples of pool rows [start, stop)."""
     place = Place(pool.uri)
-    for entry in pool.listing.to_pylist():
-        low, high = max(start, entry["start"]), min(stop, entry["start"] + entry["count"])
-        if low >= high:
-            continue
-        file = place.at(entry["file"]) if entry["file"] else place
+    for extent, low, high in extents(pool.listing, start, stop):
+        file = place.at(extent["file"]) if extent["file"] else place
         images, labels = _cifar_batch(file.uri, stamp(file))
         name = file.path.rsplit("/", 1)[-1]
-        for row in range(low, high):
-            at = row - entry["start"]
+        for at in range(low, high):
+            row = extent["start"] + at
             yield Sample(row, f"{name}/{at}", f"{file.uri}#{at}", int(labels[at]), Image.fromarray(images[at]))

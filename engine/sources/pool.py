@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 from PIL import Image
 
 from engine.folders import Place
 from engine.schema import InputError
+from engine.sources.listing import Listing
+from engine.verbs import EmbedOptions
+
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+)
+NO_COLUMNS = pa.schema([])
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One listed image: the bytes of its file (or decoded pixels), or the `error` that kept it from being read."""
+    """One listed image: the bytes of its file (or decoded pixels), or the `error` that kept it from being read.
+
+    `extra` holds the values of the pool's further columns, by name, ready for `pa.array([...], type)`.
+    """
 
     row: int
     id: str
@@ -22,48 +32,115 @@ class Sample:
     label: int | None
     data: bytes | Image.Image
     error: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Pool:
-    """A listed pool. `listing` has one row for each file or row group; what its columns mean is the source's own."""
+    """A listed pool.
+
+    `listing` has one row for each image, or for each extent of a container (a row group, a batch of a file); what its
+    columns mean is the source's own, as is `detail`, which is ready for JSON. `schema` names and types the columns that
+    pass through: metadata, and `boxes`.
+    """
 
     uri: str
     kind: str
     num_rows: int
     digest: str
     class_names: tuple[str, ...] | None
-    listing: pa.Table
-    detail: dict[str, str]
+    detail: dict[str, Any]
+    listing: Listing
+    schema: pa.Schema = NO_COLUMNS
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns a user named for a Parquet pool; None means the usual ones."""
+    """How the user told a source to read a pool; None, or nothing, means the usual.
+
+    The columns of images, labels and ids; the columns of metadata to keep; the folder of the images that a list names;
+    the split of a data set.
+    """
 
     image: str | None = None
     label: str | None = None
+    id: str | None = None
+    metadata: tuple[str, ...] = ()
+    images: str | None = None
+    split: str | None = None
+
+    @property
+    def given(self) -> dict[str, str]:
+        """The option's flag of everything that was given, by the name of the field."""
+        flags = {"image": "--image-column", "label": "--label-column", "id": "--id-column", "metadata": "--metadata-column"}
+        flags |= {"images": "--images", "split": "--split"}
+        return {name: flag for name, flag in flags.items() if getattr(self, name)}
 
 
-def list_files(place: Place) -> list[pafs.FileInfo]:
-    """Return every file below a folder; raises InputError where a name cannot be read as text."""
-    try:
-        infos = place.fs.get_file_info(pafs.FileSelector(place.path, recursive=True))
-        return [info for info in infos if info.type == pafs.FileType.File and info.path]
-    except UnicodeDecodeError as error:
-        name = error.object.decode("utf-8", "backslashreplace")
-        raise InputError(f"pool {place.uri!r} holds a file whose name is not UTF-8, {name!r}: rename it") from error
+def columns_of(options: EmbedOptions) -> Columns:
+    """Return what the options of `embed` say of its pool."""
+    return Columns(
+        image=options.image_column,
+        label=options.label_column,
+        id=options.id_column,
+        metadata=options.metadata_column,
+        images=options.images,
+        split=options.split,
+    )
 
 
 def stamp(place: Place) -> tuple[int, int]:
-    """Return a file's size and modification time: what tells a rewritten file from the one read before."""
+    """Return a file's size and modification time: what tells a rewritten file from the one read before.
+
+    Both are 0 where the filesystem doesn't say.
+    """
     info = place.fs.get_file_info(place.path)
-    return info.size, info.mtime_ns
+    return info.size or 0, info.mtime_ns or 0
 
 
-def sample_from_file(row: int, name: str, file: Place, label: int | None) -> Sample:
+def folder_of(place: Place) -> Place:
+    """Return the folder that a file is in."""
+    return Place(place.uri.rsplit("/", 1)[0])
+
+
+def check_inside(path: str, what: str) -> None:
+    """Raise InputError where a path read from a file of a pool is absolute or climbs out of its folder."""
+    depth = 0
+    for part in path.replace("\\", "/").split("/"):
+        depth += {"..": -1, ".": 0, "": 0}.get(part, 1)
+        if depth < 0:
+            raise InputError(f"{what} names {path!r}, which climbs out of its folder: images must lie inside")
+    if path.startswith(("/", "\\")) or "://" in path:
+        raise InputError(f"{what} names {path!r}, which is not below its folder: images must lie inside")
+
+
+class Images:
+    """Finds images by their path: below a folder, or wherever an absolute path or a URI says.
+
+    It keeps one open filesystem for each bucket or host, as an object store's client is slow to make.
+    """
+
+    def __init__(self, base: Place) -> None:
+        self.base = base
+        self._roots: dict[str, Place] = {}
+
+    def place(self, path: str) -> Place:
+        """Return where a path is; a relative one is a file's name, whatever characters it holds."""
+        if "://" in path:
+            scheme, _, rest = path.partition("://")
+            host, slash, name = rest.partition("/")
+            if scheme not in ("s3", "gs") or "?" in name or "%" in name or not slash:
+                return Place(path)
+            if host not in self._roots:
+                self._roots[host] = Place(f"{scheme}://{host}")
+            return self._roots[host].at(*name.split("/"))
+        return Place(path) if path.startswith("/") else self.base.at(*path.split("/"))
+
+
+def sample_from_file(row: int, name: str, file: Place, label: int | None, extra: dict[str, Any] | None = None) -> Sample:
     """Read one file; a file that is gone or cannot be read is a sample with an error, not a crash."""
+    extra = extra or {}
     try:
-        return Sample(row, name, file.uri, label, file.read())
+        return Sample(row, name, file.uri, label, file.read(), extra=extra)
     except (OSError, pa.ArrowInvalid) as error:
-        return Sample(row, name, file.uri, label, b"", f"cannot be read: {str(error).splitlines()[0]}")
+        return Sample(row, name, file.uri, label, b"", f"cannot be read: {str(error).splitlines()[0]}", extra)

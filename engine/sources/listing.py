@@ -1,0 +1,162 @@
+"""The listing of a pool: an Arrow IPC file of record batches of exactly LISTING_ROWS rows, written and read in a stream.
+
+A listing of 100 million rows is never in one process's memory: the writer holds less than a batch of it and spools the
+rest to a local temporary file; a reader touches only the batches that it is asked for.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import os
+import tempfile
+import weakref
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+
+from engine.folders import Place
+
+LISTING_ROWS = 8192
+WIDTHS = {8: pa.int8(), 16: pa.int16(), 32: pa.int32(), 64: pa.int64()}
+
+
+class Listing:
+    """A finished listing: `num_rows`, `digest` (sha256 of its schema and values, as hex), and `read`."""
+
+    def __init__(self, place: Place, num_rows: int, digest: str) -> None:
+        self.place, self.num_rows, self.digest = place, num_rows, digest
+        self._last: tuple[int, pa.RecordBatch] | None = None
+
+    @cached_property
+    def _file(self) -> pa.ipc.RecordBatchFileReader:
+        local = isinstance(self.place.fs, pafs.LocalFileSystem)
+        return pa.ipc.open_file(pa.memory_map(self.place.path) if local else self.place.fs.open_input_file(self.place.path))
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of the listing; what they mean is the source's own."""
+        return self._file.schema
+
+    def _batch(self, index: int) -> pa.RecordBatch:
+        """Return one batch; the last one read is kept, for readers that go on from where they were."""
+        last = self._last
+        if last is None or last[0] != index:
+            last = self._last = (index, self._file.get_batch(index))
+        return last[1]
+
+    def read(self, start: int, stop: int) -> pa.Table:
+        """Return rows [start, stop) of the listing, reading only the batches that hold them."""
+        stop = min(stop, self.num_rows)
+        batches = []
+        for index in range(start // LISTING_ROWS, -(-stop // LISTING_ROWS) if start < stop else 0):
+            first = index * LISTING_ROWS
+            low, high = max(start - first, 0), min(stop - first, LISTING_ROWS)
+            batches.append(self._batch(index).slice(low, high - low))
+        return pa.Table.from_batches(batches, self.schema)
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Yield the whole listing, a batch at a time."""
+        for start in range(0, self.num_rows, LISTING_ROWS):
+            yield self.read(start, start + LISTING_ROWS)
+
+
+class ListingWriter:
+    """Spools tables and record batches of any size to a temporary file, re-cut to LISTING_ROWS, with a running digest."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.schema, self.num_rows = schema.remove_metadata(), 0
+        handle, self._path = tempfile.mkstemp(prefix="coresift-listing-", suffix=".arrow")
+        os.close(handle)
+        self._remove = weakref.finalize(self, _unlink, self._path)
+        self._file = pa.ipc.new_file(self._path, self.schema)
+        self._hash = hashlib.sha256(str(self.schema).encode())
+        self._waiting: list[pa.RecordBatch] = []
+        self._num_waiting = 0
+
+    def add(self, rows: pa.Table | pa.RecordBatch) -> None:
+        """Append rows; their columns must be those of the schema, in order."""
+        batches = rows.to_batches() if isinstance(rows, pa.Table) else [rows]
+        for batch in batches:
+            batch = batch.cast(self.schema)
+            self.num_rows += len(batch)
+            self._waiting.append(batch)
+            self._num_waiting += len(batch)
+            if self._num_waiting >= LISTING_ROWS:
+                self._write(self._num_waiting - self._num_waiting % LISTING_ROWS)
+
+    def _write(self, count: int) -> None:
+        """Write the first `count` waiting rows, in batches."""
+        table = pa.Table.from_batches(self._waiting, self.schema)
+        for start in range(0, count, LISTING_ROWS):
+            batch = table.slice(start, min(LISTING_ROWS, count - start)).combine_chunks().to_batches()[0]
+            for column in batch.columns:
+                _feed(self._hash, column)
+            self._file.write_batch(batch)
+        left = table.slice(count)
+        self._waiting = left.combine_chunks().to_batches() if len(left) else []
+        self._num_waiting = len(left)
+
+    def finish(self) -> Listing:
+        """Return the listing; its temporary file lives as long as it does."""
+        if self._num_waiting:
+            self._write(self._num_waiting)
+        self._file.close()
+        listing = Listing(Place(self._path), self.num_rows, self._hash.hexdigest())
+        self._remove.detach()
+        weakref.finalize(listing, _unlink, self._path)
+        return listing
+
+
+def _unlink(path: str) -> None:
+    if os.path.exists(path):
+        os.unlink(path)
+
+
+def _feed(found: Any, column: pa.Array) -> None:
+    """Add a column's values to a hash, and nothing else: not what lies under its nulls, nor how they are laid out."""
+    kind = column.type
+    if column.null_count:
+        found.update(np.packbits(column.is_valid().to_numpy(zero_copy_only=False)).tobytes())
+    found.update(len(column).to_bytes(8, "little"))
+    if pa.types.is_struct(kind):
+        for child in column.flatten():
+            _feed(found, child)
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        _feed(found, pc.list_value_length(column))
+        _feed(found, column.flatten())
+    elif pa.types.is_boolean(kind):
+        found.update(np.packbits(column.fill_null(False).to_numpy(zero_copy_only=False)).tobytes())
+    elif pa.types.is_primitive(kind):
+        found.update(column.drop_null().view(WIDTHS[kind.bit_width]).to_numpy().tobytes())
+    else:
+        text = column.drop_null()
+        if not (pa.types.is_large_string(kind) or pa.types.is_large_binary(kind)):
+            text = text.cast(pa.large_binary() if pa.types.is_binary(kind) else pa.large_string())
+        _feed(found, pc.binary_length(text))
+        offsets = np.frombuffer(text.buffers()[1], np.int64)[text.offset : text.offset + len(text) + 1] if len(text) else [0, 0]
+        if offsets[-1] > offsets[0]:
+            found.update(memoryview(text.buffers()[2])[offsets[0] : offsets[-1]])
+
+
+def extents(listing: Listing, start: int, stop: int) -> Iterator[tuple[dict[str, Any], int, int]]:
+    """Yield (extent, low, high) for the extents of a container that hold pool rows [start, stop).
+
+    `extent` is a row of the listing, which has `start` and `count`; low and high are the rows asked for within it.
+    """
+    if start >= stop:
+        return
+    at = bisect.bisect_right(range(listing.num_rows), start, key=lambda i: listing.read(i, i + 1)["start"][0].as_py()) - 1
+    while at < listing.num_rows:
+        extent = listing.read(at, at + 1).to_pylist()[0]
+        if extent["start"] >= stop:
+            return
+        low, high = max(start - extent["start"], 0), min(stop - extent["start"], extent["count"])
+        if low < high:
+            yield extent, low, high
+        at += 1
