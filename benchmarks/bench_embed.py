@@ -34,7 +34,7 @@ def bare_loop(pool: str, threads: int, arguments: list[str], out: str) -> None:
     from PIL import Image
     from timm.data import create_transform, resolve_model_data_config
 
-    from engine.encoders import build_backbone, preprocessing
+    from engine.backbones import build_backbone, preprocessing
     from engine.schema import build_options
     from engine.verbs import EmbedOptions
 

@@ -72,11 +72,15 @@ class Session:
 
 
 def _embed(options: EmbedOptions, flags: dict[str, bool]) -> None:
-    from engine.embed import embed
+    from engine.embed import embed_all
 
     ui = Session(flags)
-    manifest = embed(options, ui.watch)
-    _say_features("embed", options.out, manifest, ui)
+    manifests = embed_all(options, ui.watch)
+    if len(manifests) == 1:
+        _say_features("embed", options.out, manifests[0], ui)
+        return
+    told = [_features("embed", f"{options.out}/{found['encoder']['name']}", found, ui) for found in manifests]
+    ui.result({"command": "embed", "stores": [facts for facts, _ in told]}, "\n".join(sentence for _, sentence in told))
 
 
 def _import(options: ImportOptions, flags: dict[str, bool]) -> None:
@@ -87,6 +91,11 @@ def _import(options: ImportOptions, flags: dict[str, bool]) -> None:
 
 
 def _say_features(command: str, out: str, manifest: dict[str, Any], ui: Session) -> None:
+    ui.result(*_features(command, out, manifest, ui))
+
+
+def _features(command: str, out: str, manifest: dict[str, Any], ui: Session) -> tuple[dict[str, Any], str]:
+    """Return what is told of a feature store: as facts, and as a sentence."""
     keys = ("num_rows", "num_vectors", "num_rejected", "num_labeled", "dim", "digest")
     facts = {"command": command, "out": out, "already_done": ui.is_old(manifest), **{key: manifest[key] for key in keys}}
     vectors = f"{manifest['num_vectors']:,} vectors of {manifest['dim']} floats"
@@ -95,10 +104,9 @@ def _say_features(command: str, out: str, manifest: dict[str, Any], ui: Session)
     if timing:
         facts["seconds"], facts["rows_per_s"] = timing["seconds_s"], timing["rows_per_s"]
     spent = f" in {timing['seconds_s']:.1f} s ({timing['rows_per_s']:,.1f} images/s)" if timing else ""
-    if facts["already_done"]:
-        ui.result(facts, f"{out}: done before, {vectors}{rejected}")
-    else:
-        ui.result(facts, f"{out}: {vectors}{rejected}{spent}")
+    return facts, f"{out}: {'done before, ' if facts['already_done'] else ''}{vectors}{rejected}" + (
+        "" if facts["already_done"] else spent
+    )
 
 
 def _select(options: SelectOptions, flags: dict[str, bool]) -> None:

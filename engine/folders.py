@@ -6,6 +6,7 @@ may go on in it. Published folders are immutable.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from engine import __version__
+from engine.retry import patiently
 from engine.schema import InputError
 
 FORMAT = 1
@@ -108,22 +110,44 @@ class Place:
         """The name under which a worker with another working directory finds this place."""
         return self.path if isinstance(self.fs, pafs.LocalFileSystem) else self.uri
 
+    @property
+    def remote(self) -> bool:
+        """Whether this is on an object store, which may be away for a while."""
+        return not isinstance(self.fs, pafs.LocalFileSystem)
+
+    @property
+    def _split(self) -> tuple[str, str]:
+        """The URI before the `?`, and from there on; a web address's query, and a local path's `?`, belong to the name."""
+        scheme, mark, _ = self.uri.partition("://")
+        if not mark or scheme in WEB:
+            return self.uri, ""
+        head, mark, query = self.uri.partition("?")
+        return head, mark + query
+
     def at(self, *names: str) -> Place:
         """Return the place below this one; names are names of files, whatever characters they hold.
 
-        Below a URI it shares this one's filesystem: an object store's client is slow to make.
+        Below a URI it shares this one's filesystem: an object store's client is slow to make. What follows the `?` of a
+        URI (endpoint_override, scheme, region) stays at its end.
         """
         if "://" not in self.uri:
             return Place("/".join([self.uri.rstrip("/"), *names]))
-        quoted = [quote(name) for name in names]
-        below = Place("/".join([self.uri.rstrip("/"), *quoted]))
         on_web = self.uri.split("://")[0] in WEB
+        quoted = [quote(name) for name in names]
+        head, rest = self._split
+        below = Place("/".join([head.rstrip("/"), *quoted]) + rest)
         below.__dict__["opened"] = self.fs, "/".join([self.path.rstrip("/"), *(quoted if on_web else names)])
         return below
 
+    @property
+    def folder(self) -> Place:
+        """The folder that this is in."""
+        head, rest = self._split
+        return Place(head.rstrip("/").rpartition("/")[0] + rest)
+
     def kind(self) -> pafs.FileType:
         """Return whether this is a file, a folder or nothing."""
-        return self.fs.get_file_info(self.path).type
+        return patiently(lambda: self.fs.get_file_info(self.path).type, self.uri, self.remote)
 
     def exists(self) -> bool:
         """Return whether there is a file or folder here."""
@@ -136,48 +160,56 @@ class Place:
             return []
         if isinstance(self.fs, pafs.LocalFileSystem):
             return sorted(os.listdir(self.path)) if os.path.isdir(self.path) else []
-        return sorted(info.base_name for info in self.fs.get_file_info(selector))
+        return sorted(info.base_name for info in patiently(lambda: self.fs.get_file_info(selector), self.uri, True))
 
     def read(self) -> bytes:
-        """Return the whole file; raises OSError where it can't be read."""
-        if isinstance(self.fs, pafs.PyFileSystem):
-            return _read_fsspec(self.fs, self.path)
-        with self.fs.open_input_stream(self.path) as stream:
-            return bytes(stream.read())
+        """Return the whole file; an object store that is away for a while is tried again. Raises OSError where it fails."""
+
+        def whole() -> bytes:
+            if isinstance(self.fs, pafs.PyFileSystem):
+                return _read_fsspec(self.fs, self.path)
+            with self.fs.open_input_stream(self.path) as stream:
+                return bytes(stream.read())
+
+        return patiently(whole, self.uri, self.remote)
 
     def write(self, data: bytes | pa.Buffer) -> None:
         """Write a whole file so that it appears complete or not at all.
 
-        On a local disk a temporary name is renamed; an object store publishes a single put when it is closed.
+        On a local disk a temporary name is renamed; an object store publishes a single put when it is closed, and is tried
+        again where it is away for a while.
         """
-        if not isinstance(self.fs, pafs.LocalFileSystem):
-            with self.fs.open_output_stream(self.path) as stream:
-                stream.write(data)
+        if self.remote:
+            patiently(lambda: self._put(data), self.uri, True)
             return
+        with self._whole() as temporary, open(temporary, "wb") as file:
+            file.write(data)
+
+    def write_from(self, file: str) -> None:
+        """Write a copy of a local file, in a stream, so that on a local disk it appears complete or not at all."""
+        local = pafs.LocalFileSystem()
+        if self.remote:
+            given = {"source_filesystem": local, "destination_filesystem": self.fs}
+            patiently(lambda: pafs.copy_files(file, self.path, **given), self.uri, True)
+            return
+        with self._whole() as temporary:
+            shutil.copyfile(file, temporary)
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[str]:
+        """Give a temporary name beside this local file, and this one's once the block has written it whole."""
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         temporary = f"{self.path}.tmp-{uuid.uuid4().hex[:8]}"
         try:
-            with open(temporary, "wb") as file:
-                file.write(data)
+            yield temporary
             os.replace(temporary, self.path)
         finally:
             if os.path.exists(temporary):
                 os.unlink(temporary)
 
-    def write_from(self, file: str) -> None:
-        """Write a copy of a local file, in a stream, so that on a local disk it appears complete or not at all."""
-        local = pafs.LocalFileSystem()
-        if not isinstance(self.fs, pafs.LocalFileSystem):
-            pafs.copy_files(file, self.path, source_filesystem=local, destination_filesystem=self.fs)
-            return
-        os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        temporary = f"{self.path}.tmp-{uuid.uuid4().hex[:8]}"
-        try:
-            shutil.copyfile(file, temporary)
-            os.replace(temporary, self.path)
-        finally:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
+    def _put(self, data: bytes | pa.Buffer) -> None:
+        with self.fs.open_output_stream(self.path) as stream:
+            stream.write(data)
 
     def remove(self) -> None:
         """Delete this folder and everything in it."""
@@ -270,9 +302,9 @@ class Claim:
         reads: Iterable[str] = (),
     ) -> Claim:
         """Return a claim on `place`; raises InputError where that is, or holds, something that the run `reads`."""
-        here = place.absolute.rstrip("/") + "/"
         for uri in reads:
-            if (Place(uri).absolute.rstrip("/") + "/").startswith(here):
+            other = Place(uri)
+            if other.remote == place.remote and f"{other.path.rstrip('/')}/".startswith(f"{place.path.rstrip('/')}/"):
                 raise InputError(f"--out {place.uri} is or holds what this command reads, {uri}: choose another --out")
         return cls(place, json.loads(to_json({"kind": kind, "inputs": inputs, "options": options})), overwrite)
 

@@ -40,10 +40,25 @@ def _unfinished(place: Place, begun: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
+def _stores(place: Place) -> dict[str, dict[str, Any]]:
+    """Return what is known of the feature stores right below a folder, by name: several encoders write one each."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in place.names():
+        manifest, begun = read_manifest(place.at(name)), read_run(place.at(name))
+        if manifest is not None and manifest["kind"] == "features":
+            found[name] = {"state": "published", **{key: manifest[key] for key in ("num_rows", "num_vectors", "dim")}}
+        elif manifest is None and begun is not None and begun["kind"] == "features":
+            unfinished = _unfinished(place.at(name), begun)
+            found[name] = {key: value for key, value in unfinished.items() if key not in ("kind", "options")}
+    return found
+
+
 def _pool(uri: str) -> dict[str, Any]:
     pool = open_pool(uri)
     classes = list(pool.class_names) if pool.class_names else None
-    return {"kind": "pool", "source": pool.kind, "num_rows": pool.num_rows, "class_names": classes, "digest": pool.digest}
+    columns = {field.name: str(field.type) for field in pool.schema}
+    facts = {"kind": "pool", "source": pool.kind, "num_rows": pool.num_rows, "class_names": classes, "columns": columns}
+    return {**facts, **pool.left_out, "digest": pool.digest}
 
 
 def describe(path: str) -> dict[str, Any]:
@@ -59,11 +74,16 @@ def describe(path: str) -> dict[str, Any]:
             return {"path": path, **_unfinished(place, begun)}
         if not place.exists():
             raise InputError(f"{path} does not exist")
+        stores = _stores(place)
+        if stores:
+            return {"path": path, "kind": "feature stores", "stores": stores}
         return {"path": path, **_pool(path)}
     shown = {key: manifest[key] for key in SHOWN[manifest["kind"]] if key in manifest}
     facts = {"path": path, "kind": manifest["kind"], "state": "published", **shown}
     if manifest["kind"] == "features":
+        store = FeatureStore(path)
         facts["num_parts"] = len(manifest["parts"])
-        facts["label_balance"] = _label_balance(FeatureStore(path))
+        facts["columns"] = {field.name: str(field.type) for field in store.schema}
+        facts["label_balance"] = _label_balance(store)
     kept: dict[str, Any] = {key: manifest[key] for key in ("digest", "published", "time", "versions") if key in manifest}
     return {**facts, **kept}

@@ -208,6 +208,36 @@ def parse_bytes(text: str | None) -> int | None:
     return int(value)
 
 
+def parse_workers(given: str | int | None) -> tuple[int, int] | None:
+    """Parse `--workers`: None stays None, N is (N, N), MIN:MAX is (MIN, MAX), 1 <= MIN <= MAX. Raises InputError otherwise."""
+    if given is None:
+        return None
+    low, colon, high = str(given).partition(":")
+    try:
+        found = int(low), int(high if colon else low)
+    except ValueError:
+        found = (-1, -1)
+    if not (0 < found[0] <= found[1] or (found == (0, 0) and not colon)):
+        raise InputError(
+            f"option workers is {given}: it must be at least 0 (a number of actors, 0 for this process), "
+            "or MIN:MAX with 1 <= MIN <= MAX"
+        )
+    return found
+
+
+def parse_decode_workers(given: str | int) -> int | None:
+    """Parse `--decode-workers`: a count, or None for auto. Raises InputError otherwise."""
+    if given == "auto":
+        return None
+    try:
+        count = int(given)
+    except ValueError:
+        count = -1
+    if count < 0:
+        raise InputError(f"option decode_workers is {given}: it must be at least 0, or auto")
+    return count
+
+
 def _parse_budget(text: str, available: int) -> int:
     """Return one budget as a count of new labels out of `available` eligible rows."""
     percent = text.endswith("%")

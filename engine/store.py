@@ -18,6 +18,10 @@ from engine.schema import BLOCK_ROWS, InputError
 
 PATTERNS = "patterns"
 """The column that holds a list of vectors for each image; any other holds one."""
+OWN_COLUMNS = ("row", "id", "label", "width", "height", "phash", "bytes")
+"""The columns of every part that `embed` writes, beside its pool's and its vectors."""
+TAKEN = frozenset((*OWN_COLUMNS, "embedding", PATTERNS))
+"""Names that a pool's further columns may not have."""
 PARTS_WANTED = 64
 """Small pools are cut into about this many parts, so that a handful of actors share them evenly."""
 MIN_PART_ROWS = 64
@@ -149,10 +153,18 @@ class FeatureStore:
         return self.num_labeled > 0
 
     @cached_property
+    def schema(self) -> pa.Schema:
+        """The names and types of a part's columns: read from the end of the first one."""
+        if not self.manifest["parts"]:
+            return pa.schema([])
+        place = self.place.at("parts", self.manifest["parts"][0]["name"])
+        with place.fs.open_input_file(place.path) as source:
+            return pa.ipc.open_file(source).schema.remove_metadata()
+
+    @property
     def columns(self) -> list[str]:
         """The names of the columns beside the vectors."""
-        parts = self.manifest["parts"]
-        return [name for name in self.read_part(parts[0]["name"]).column_names if name != self.column] if parts else []
+        return [name for name in self.schema.names if name != self.column]
 
     def read_part(self, name: str, columns: Iterable[str] | None = None) -> pa.Table:
         """Return one part, or some columns of it; on a local disk a view of the mapped file, elsewhere what was asked for."""

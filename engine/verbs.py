@@ -58,7 +58,10 @@ class EmbedOptions:
         ),
     ]
     out: Out
-    encoder: Annotated[str, Opt("What to compute: see `coresift encoders`.")] = "embedding"
+    encoder: Annotated[
+        str,
+        Opt("What to compute: see `coresift encoders`. Several (embedding,patterns) read each image once: DIR/<encoder>."),
+    ] = "embedding"
     backbone: Annotated[str, Opt("Any timm model, by its hub name.")] = "vit_small_patch16_224.dino"
     weights: Annotated[str, Opt("FILE (.safetensors, .pth), `hub` for timm's own, `random` for none.")] = "hub"
     model_option: Annotated[
@@ -96,6 +99,13 @@ class EmbedOptions:
         int | None, Opt("Images in a batch of the encoder. Default: 16 on a CPU, 256 on a GPU.", min=1, max=65536)
     ] = None
     channels_last: Annotated[bool, Opt("Channels-last memory format: faster for convolutions.")] = True
+    precision: Annotated[
+        str, Opt("Of the network; bf16 is faster on GPUs made for it, and coarser.", choices=("float32", "bf16"))
+    ] = "float32"
+    compile: Annotated[bool, Opt("Compile the network first (torch.compile): minutes that long runs win back.")] = False
+    draft: Annotated[
+        bool, Opt("Decode JPEGs of twice the wanted size or more at a half, quarter or eighth: faster, other pixels.")
+    ] = False
     images: Annotated[
         str | None, Opt("COCO, lists: folder of the images they name. Default: found beside the file.", metavar="DIR")
     ] = None
@@ -113,8 +123,22 @@ class EmbedOptions:
     max_pixels: Annotated[int, Opt("Images with more pixels are rejected before they are decoded.", min=1)] = MAX_PIXELS
     max_rejected: Annotated[str, Opt("Share (1%) or count of bad images above which the run fails.", result=False)] = "1%"
     workers: Annotated[
-        int | None, Opt("Ray actors; 0 embeds in this process. Default: one a GPU, else one a CPU.", min=0, result=False)
+        str | int | None,
+        Opt(
+            "Ray actors: N, or MIN:MAX as the cluster has room; 0 embeds in this process. Default: one a GPU, else one a CPU.",
+            metavar="N|MIN:MAX",
+            result=False,
+        ),
     ] = None
+    decode_workers: Annotated[
+        str | int,
+        Opt(
+            "Ray tasks, a CPU each, that read and decode ahead of each actor; 0: the actor itself does. auto: the CPUs that "
+            "actors on GPUs leave, else 0.",
+            metavar="N|auto",
+            result=False,
+        ),
+    ] = "auto"
     cpus_per_worker: Annotated[int, Opt("CPU threads of an actor; another number may round differently.", min=1)] = 1
     gpus_per_worker: Annotated[
         float | None, Opt("GPUs of an actor. Default: 1 if the cluster has one.", min=0, result=False)

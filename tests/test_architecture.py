@@ -11,12 +11,13 @@ WALL = 400
 FLOORS = [
     {"engine"},
     {"engine.schema", "engine.arrays"},
-    {"engine.verbs", "engine.decode", "engine.canonical", "engine.draws", "engine.products"},
+    {"engine.verbs", "engine.decode", "engine.canonical", "engine.draws", "engine.products", "engine.retry", "engine.phash"},
     {"engine.nearest", "engine.blocks", "engine.folders", "engine.session"},
     {"engine.store"},
-    {"engine.shards", "engine.sources", "engine.weights", "engine.patterns"},
-    {"engine.encoders"},
-    {"engine.runner", "engine.placement"},
+    {"engine.shards", "engine.sources", "engine.weights", "engine.patterns", "engine.inputs"},
+    {"engine.backbones", "engine.chunks"},
+    {"engine.encoders", "engine.parts"},
+    {"engine.runner", "engine.placement", "engine.pipeline"},
     {"engine.embed", "engine.ingest", "engine.select"},
     {"engine.evaluate", "engine.dedup"},
     {"engine.compare", "engine.info", "engine.verify"},
@@ -39,8 +40,8 @@ IN_SELECT = {
 """What a method may see, beside other methods."""
 
 ONLY_THERE = {
-    "ray": {"engine.session", "engine.shards", "engine.embed"},
-    "timm": {"engine.encoders"},
+    "ray": {"engine.session", "engine.shards", "engine.chunks", "engine.pipeline"},
+    "timm": {"engine.backbones", "engine.encoders", "engine.inputs"},
     "typer": {"cli.main", "cli.options"},
     "rich": {"cli.output"},
 }

@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -13,8 +12,9 @@ import torch
 from PIL import Image
 
 from engine import embed as embed_module
-from engine.embed import PartEncoder, embed
+from engine.embed import embed
 from engine.encoders import PixelsEncoder
+from engine.pipeline import PartEncoder, Stores, Todo
 from engine.schema import InputError, RunError
 from engine.store import FeatureStore, part_rows
 from engine.verbs import EmbedOptions
@@ -106,7 +106,7 @@ def test_a_store_has_the_parts_and_counts_of_its_pool(tmp_path, grey_pool):
     assert store.ids(np.array([149, 0])) == ["b/149.png", "a/000.png"]
     assert np.array_equal(store.vectors(), np.repeat(np.arange(150, dtype=np.float32)[:, None] / np.float32(255), 12, axis=1))
     part = store.read_part("part-000000000128.arrow")
-    assert part.column_names == ["row", "id", "label", "width", "height", "embedding"]
+    assert part.column_names == ["row", "id", "label", "width", "height", "phash", "bytes", "embedding"]
     assert (part["width"].to_pylist(), part["height"].to_pylist()) == ([3] * 22, [2] * 22)
     assert part["embedding"].type == pa.list_(pa.float32(), 12)
     assert pq.read_table(tmp_path / "out" / "rejected.parquet").num_rows == 0
@@ -262,8 +262,9 @@ def test_when_it_is_published_nothing_is_done(tmp_path, grey_pool, monkeypatch):
     out = tmp_path / "out"
     first = run(grey_pool, out)
     before = stamps(out)
-    monkeypatch.setattr(embed_module, "build_encoder", None)
-    monkeypatch.setattr(embed_module, "PartEncoder", None)
+    monkeypatch.setattr(embed_module, "build_encoders", None)
+    monkeypatch.setattr(embed_module, "in_process", None)
+    monkeypatch.setattr(embed_module, "on_ray", None)
     assert run(grey_pool, out, max_rejected="50%", workers=3) == first
     assert stamps(out) == before
 
@@ -327,19 +328,21 @@ def test_what_cannot_begin_claims_no_folder(tmp_path, grey_pool, wrong):
 
 def test_decoding_on_threads_gives_the_same_part(tmp_path, odd_pool):
     manifest = run(odd_pool, tmp_path / "out", max_rejected="4", max_pixels=2099, batch_size=1)
-    options = EmbedOptions(pool=str(odd_pool), out="", encoder="pixels", pixels_size=2, max_pixels=2099, batch_size=1)
+    given = {"encoder": "pixels", "pixels_size": 2, "max_pixels": 2099, "batch_size": 1, "cpus_per_worker": 2}
+    options = EmbedOptions(pool=str(odd_pool), out="", **given)
+    stores = Stores(str(tmp_path / "out" / "pool.arrow"), "", {"pixels": str(tmp_path / "again")})
     threads = torch.get_num_threads()
     try:
-        entry = PartEncoder(options, str(tmp_path / "out"), 2, "cpu").encode_part(0, 7)
+        entry = PartEncoder(options, stores, "cpu").encode_part(Todo(0, 7, ("pixels",)))
     finally:
         torch.set_num_threads(threads)
-    assert entry["sha256"] == manifest["parts"][0]["sha256"]
-    assert Counter(r["reason"].split(":")[0] for r in entry["rejected"])["empty file"] == 1
+    assert entry["stores"]["pixels"] == manifest["parts"][0]
+    assert set(entry["spent"]) == {"model_s", "read_s", "decode_s", "wait_s", "encode_s", "write_s"}
     json.dumps(entry)
 
 
 def test_weights_are_known_by_their_content_not_their_name(tmp_path, grey_pool):
-    from engine.encoders import build_backbone
+    from engine.backbones import build_backbone
 
     model = {"encoder": "embedding", "backbone": "test_resnet", "image_size": 32}
     state = build_backbone(EmbedOptions(pool="", out="", backbone="test_resnet", weights="random")).state_dict()

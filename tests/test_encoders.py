@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from engine.decode import BadImageError
-from engine.encoders import ENCODERS, build_encoder, encoder_help
+from engine.encoders import ENCODERS, build_encoders, encoder_help
 from engine.schema import MAX_PIXELS, InputError
 from engine.verbs import EmbedOptions
 
@@ -31,7 +31,7 @@ every_case = pytest.mark.parametrize(("name", "given", "dim"), CASES, ids=[f"{n}
 def build(name="embedding", **given):
     if name != "pixels":
         given.setdefault("weights", "random")
-    return build_encoder(EmbedOptions(pool="", out="", encoder=name, **given), "cpu")
+    return build_encoders(EmbedOptions(pool="", out="", encoder=name, **given), "cpu")[name]
 
 
 def images(n=5):
@@ -41,7 +41,7 @@ def images(n=5):
 
 
 def encode(encoder, pictures):
-    found = encoder.encode(np.stack([encoder.prepare(picture) for picture in pictures]), np.arange(len(pictures)))
+    found = encoder.encode(np.stack([encoder.input.prepare(picture) for picture in pictures]), np.arange(len(pictures)))
     return np.concatenate(found) if isinstance(found, list) else found
 
 
@@ -69,7 +69,7 @@ def test_vectors_are_finite_float32_of_the_promised_shape(name, given, dim):
 @every_case
 def test_prepared_pixels_have_one_shape_and_eight_bits(name, given, dim):
     encoder = build(name, **given)
-    prepared = [encoder.prepare(picture) for picture in images(6)]
+    prepared = [encoder.input.prepare(picture) for picture in images(6)]
     assert len({pixels.shape for pixels in prepared}) == 1
     assert {pixels.dtype for pixels in prepared} == {np.dtype(np.uint8)}
 
@@ -141,15 +141,15 @@ def test_preprocessing_overrides():
         "crop_pct": 0.8,
         "crop_mode": "border",
     }
-    assert encoder.prepare(images()[0]).shape == (3, 40, 40)
-    assert encoder.mean.flatten().tolist() == [127.5] * 3
-    assert encoder.std.flatten().tolist() == pytest.approx([25.5, 51.0, 76.5])
+    assert encoder.input.prepare(images()[0]).shape == (3, 40, 40)
+    assert encoder.network.mean.flatten().tolist() == [127.5] * 3
+    assert encoder.network.std.flatten().tolist() == pytest.approx([25.5, 51.0, 76.5])
 
 
 def test_mean_and_std_shift_and_scale_what_the_model_sees(monkeypatch):
     encoder = build(backbone="test_resnet", image_size=32, mean=(0.0, 0.5, 1.0), std=(1.0, 0.5, 0.25))
     seen = []
-    monkeypatch.setattr(encoder, "_pool", lambda batch: seen.append(batch) or batch.mean(dim=(2, 3)))
+    monkeypatch.setattr(encoder, "forward", lambda batch: seen.append(batch) or batch.mean(dim=(2, 3)))
     values = encoder.encode(np.full((1, 3, 32, 32), 255, np.uint8), np.arange(1))
     assert values[0].tolist() == pytest.approx([1.0, 1.0, 0.0], abs=1e-6)
     assert seen[0].shape == (1, 3, 32, 32)
@@ -177,8 +177,8 @@ def test_squash_keeps_the_sides_that_a_crop_cuts_off():
     stripes[:, 90:] = (0, 0, 255)
     picture = Image.fromarray(stripes)
     settings = {"backbone": "test_resnet", "image_size": 40, "crop_pct": 1.0, "interpolation": "nearest"}
-    squashed = build(**settings, crop_mode="squash").prepare(picture)
-    cropped = build(**settings, crop_mode="center").prepare(picture)
+    squashed = build(**settings, crop_mode="squash").input.prepare(picture)
+    cropped = build(**settings, crop_mode="center").input.prepare(picture)
     assert squashed[:, 20, 0].tolist() == [255, 0, 0]
     assert squashed[:, 20, -1].tolist() == [0, 0, 255]
     assert not cropped.any()
@@ -195,7 +195,7 @@ def test_a_very_long_image_is_not_blown_up_before_it_is_cropped(monkeypatch):
 
     monkeypatch.setattr(Image.Image, "resize", resize)
     with contextlib.suppress(BadImageError):
-        encoder.prepare(Image.new("RGB", (30_000, 1)))
+        encoder.input.prepare(Image.new("RGB", (30_000, 1)))
     assert max((width * height for width, height in asked), default=0) <= MAX_PIXELS
 
 
@@ -205,16 +205,16 @@ def test_a_very_long_image_is_not_blown_up_before_it_is_cropped(monkeypatch):
 def test_a_model_option_reaches_the_model():
     plain = build(backbone="test_efficientnet")
     same = build(backbone="test_efficientnet", model_option=("pad_type=same",))
-    assert type(plain.model.conv_stem).__name__ == "Conv2d"
-    assert type(same.model.conv_stem).__name__ == "Conv2dSame"
-    assert torch.equal(plain.model.conv_stem.weight, same.model.conv_stem.weight)
+    assert type(plain.network.model.conv_stem).__name__ == "Conv2d"
+    assert type(same.network.model.conv_stem).__name__ == "Conv2dSame"
+    assert torch.equal(plain.network.model.conv_stem.weight, same.network.model.conv_stem.weight)
     assert not np.allclose(encode(plain, images()), encode(same, images()))
 
 
 def test_model_options_are_numbers_where_they_read_as_numbers():
     encoder = build(backbone="vit_tiny_patch16_224", image_size=32, model_option=("depth=2", "qkv_bias=False"))
-    assert len(encoder.model.blocks) == 2
-    assert encoder.model.blocks[0].attn.qkv.bias is None
+    assert len(encoder.network.model.blocks) == 2
+    assert encoder.network.model.blocks[0].attn.qkv.bias is None
 
 
 @pytest.mark.parametrize(
@@ -241,8 +241,8 @@ def test_backbones_that_cannot_be_built(given, words):
 
 def test_an_image_size_resamples_the_positions_of_a_transformer():
     encoder = build(backbone="test_vit", image_size=96)
-    assert encoder.model.pos_embed.shape[1] == 1 + (96 // 16) ** 2
-    assert encoder.prepare(images()[0]).shape == (3, 96, 96)
+    assert encoder.network.model.pos_embed.shape[1] == 1 + (96 // 16) ** 2
+    assert encoder.input.prepare(images()[0]).shape == (3, 96, 96)
 
 
 # --- vectors
@@ -323,3 +323,26 @@ def test_a_real_embedding_is_timms_own(shared):
     assert cosines.min() > 0.9999
     others = (found[:-1] * found[1:]).sum(axis=1) / np.linalg.norm(found[:-1], axis=1) / np.linalg.norm(found[1:], axis=1)
     assert others.max() < 0.999  # two images are not that close, so the test above can fail
+
+
+# --- precision and compilation
+
+
+@pytest.mark.parametrize("name", ["embedding", "patterns"])
+@pytest.mark.parametrize("backbone", ["test_vit", "test_resnet"])
+def test_bf16_is_close_and_coarser(name, backbone):
+    given = {"backbone": backbone, "image_size": 64, "num_patterns": 1, "attention_ratio": 1.0}  # a threshold may tip
+    exact, coarse = encode(build(name, **given), images()), encode(build(name, **given, precision="bf16"), images())
+    assert coarse.dtype == np.float32
+    assert not np.array_equal(exact, coarse)
+    cosines = (exact * coarse).sum(axis=1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(coarse, axis=1)
+    assert cosines.min() > 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["embedding", "patterns"])
+@pytest.mark.parametrize("backbone", ["test_vit", "test_resnet"])
+def test_a_compiled_network_gives_what_the_network_gives(name, backbone):
+    given = {"backbone": backbone, "image_size": 64, "num_patterns": 1}
+    plain, compiled = encode(build(name, **given), images()), encode(build(name, **given, compile=True), images())
+    assert np.allclose(plain, compiled, atol=1e-4 * np.abs(plain).max())

@@ -12,10 +12,11 @@ from PIL import Image
 
 from engine import patterns as module
 from engine.compare import compare
-from engine.embed import PartEncoder, embed
-from engine.encoders import build_encoder
+from engine.embed import embed
+from engine.encoders import build_encoders
 from engine.evaluate import evaluate
 from engine.patterns import Clustering, gram, kept, map_features, patterns, transformer_features
+from engine.pipeline import PartEncoder, Stores, Todo
 from engine.schema import InputError, build_options
 from engine.select import select
 from engine.shards import RayShards, Reading, Request, open_local
@@ -26,7 +27,7 @@ TINY = {"backbone": "vit_tiny_patch16_224", "weights": "random", "image_size": 6
 
 
 def encoder(**given):
-    return build_encoder(EmbedOptions(pool="", out="", encoder="patterns", **{**TINY, **given}), "cpu")
+    return build_encoders(EmbedOptions(pool="", out="", encoder="patterns", **{**TINY, **given}), "cpu")["patterns"]
 
 
 def pixels(n: int, side: int = 64, seed: int = 0) -> np.ndarray:
@@ -109,7 +110,7 @@ def by_hand(model, images):
     ids=["plain", "qk-norm", "registers", "fc-norm"],
 )
 def test_tokens_and_attention_equal_a_transformer_by_hand(options: tuple[str, ...]) -> None:
-    model = encoder(model_option=options).model
+    model = encoder(model_option=options).network.model
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():  # so that no norm, bias or position is as plain as it is initialised
@@ -277,8 +278,8 @@ def test_an_image_gives_what_its_parts_give() -> None:
     batch, rows = pixels(4), np.array([3, 9, 10, 40])
     found = made.encode(batch, rows)
     with torch.inference_mode():
-        scaled = (torch.from_numpy(batch).float() - made.mean) / made.std
-        tokens, attention = transformer_features(made.model, scaled)
+        scaled = (torch.from_numpy(batch).float() - made.network.mean) / made.network.std
+        tokens, attention = transformer_features(made.network.model, scaled)
     keep = kept(attention, 0.6)
     expected = patterns(tokens, keep, rows, Clustering(3, "euclidean", 5))
     assert made.column == "patterns"
@@ -303,7 +304,9 @@ def test_one_pattern_of_a_map_is_the_mean_of_what_is_kept() -> None:
     made = encoder(backbone="test_resnet", model_option=(), num_patterns=1)
     batch = pixels(3)
     with torch.inference_mode():
-        maps = made.model.forward_features((torch.from_numpy(batch).float() - made.mean) / made.std).numpy()
+        maps = made.network.model.forward_features(
+            (torch.from_numpy(batch).float() - made.network.mean) / made.network.std
+        ).numpy()
     for found, vectors in zip(made.encode(batch, np.arange(3)), maps.reshape(3, maps.shape[1], -1), strict=True):
         norms = np.linalg.norm(vectors, axis=0)
         order = np.argsort(norms, kind="stable")
@@ -380,7 +383,7 @@ def test_a_store_of_patterns(features: FeatureStore) -> None:
     assert (manifest["encoder"]["attention_ratio"], manifest["encoder"]["pattern_metric"]) == (0.5, "euclidean")
     made = encoder(num_patterns=3)
     picture = Image.open(Path(manifest["pool"]["uri"]) / "b" / "089.png")
-    expected = made.encode(made.prepare(picture.convert("RGB"))[None], np.array([89]))[0]
+    expected = made.encode(made.input.prepare(picture.convert("RGB"))[None], np.array([89]))[0]
     stored = np.array(parts[-1]["patterns"][-1].as_py(), dtype=np.float32)
     np.testing.assert_allclose(stored, expected, atol=1e-5 * np.abs(expected).max())
 
@@ -520,10 +523,11 @@ def test_a_part_without_good_images_has_the_column(images: Path, tmp_path: Path)
     options = EmbedOptions(pool=str(images), out="", encoder="patterns", num_patterns=3, **TINY)
     threads = torch.get_num_threads()
     try:
-        entry = PartEncoder(options, str(tmp_path / "out"), 1, "cpu").encode_part(70, 71)
+        stores = Stores(str(tmp_path / "out" / "pool.arrow"), "", {"patterns": str(tmp_path / "part")})
+        entry = PartEncoder(options, stores, "cpu").encode_part(Todo(70, 71, ("patterns",)))["stores"]["patterns"]
     finally:
         torch.set_num_threads(threads)
-    assert (entry["num_vectors"], entry["num_patterns"], len(entry["rejected"])) == (0, 0, 1)
+    assert (entry["num_vectors"], entry["num_patterns"], entry["num_rejected"]) == (0, 0, 1)
 
 
 def test_a_column_of_lists_goes_there_and_back() -> None:

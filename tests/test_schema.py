@@ -13,7 +13,9 @@ from engine.schema import (
     lookup,
     nearest,
     parse_budgets,
+    parse_decode_workers,
     parse_pairs,
+    parse_workers,
     result_options,
 )
 
@@ -239,3 +241,33 @@ def test_pairs_that_are_none(pairs, words):
     with pytest.raises(InputError) as caught:
         parse_pairs(pairs, "--option")
     assert str(caught.value) == words
+
+
+# --- workers
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(None, None), (0, (0, 0)), ("0", (0, 0)), (3, (3, 3)), ("4", (4, 4)), ("2:9", (2, 9)), ("5:5", (5, 5))],
+)
+def test_workers(given, expected):
+    assert parse_workers(given) == expected
+
+
+@pytest.mark.parametrize("given", ["-1", "0:3", "5:2", "two", "", ":", "1:", ":2", "1:2:3", "1.5"])
+def test_workers_that_are_none(given):
+    with pytest.raises(InputError) as caught:
+        parse_workers(given)
+    assert f"option workers is {given}: it must be at least 0 (a number of actors, 0 for this process)" in str(caught.value)
+    assert "MIN:MAX with 1 <= MIN <= MAX" in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "expected"), [("auto", None), (0, 0), ("3", 3)])
+def test_decode_workers(given, expected):
+    assert parse_decode_workers(given) == expected
+
+
+@pytest.mark.parametrize("given", ["-1", "some", "1:2", ""])
+def test_decode_workers_that_are_none(given):
+    with pytest.raises(InputError, match=f"option decode_workers is {given}: it must be at least 0, or auto"):
+        parse_decode_workers(given)

@@ -10,7 +10,7 @@ import safetensors.torch
 import timm
 import torch
 
-from engine.encoders import build_backbone
+from engine.backbones import build_backbone
 from engine.schema import InputError
 from engine.verbs import EmbedOptions
 from engine.weights import load_backbone, read_state, unwrap

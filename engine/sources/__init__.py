@@ -118,7 +118,7 @@ def read(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
 
 
 def _facts_place(place: Place) -> Place:
-    return Place(place.uri.removesuffix(".arrow") + ".json")
+    return place.folder.at(place.path.rsplit("/", 1)[-1].removesuffix(".arrow") + ".json")
 
 
 def save_pool(pool: Pool, place: Place) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from engine.folders import Place, digest_of
 from engine.schema import InputError
 from engine.sources.listing import ListingWriter, extents
-from engine.sources.pool import Columns, Pool, Sample, folder_of, stamp
+from engine.sources.pool import Columns, Pool, Sample, stamp
 
 CIFAR_SIDE_PX = 32
 USES: frozenset[str] = frozenset()
@@ -58,8 +58,8 @@ def _cifar_batch(uri: str, stamped: tuple[int, int]) -> tuple[npt.NDArray[np.uin
     """Return (images (n, 32, 32, 3) uint8, labels (n,)) of one batch; CIFAR-100's labels are the fine ones."""
     file = Place(uri)
     data = file.read()
-    if uri.endswith(".bin"):
-        label_bytes = 2 if uri.rsplit("/", 1)[-1] in ("train.bin", "test.bin") else 1
+    if file.path.endswith(".bin"):
+        label_bytes = 2 if file.path.rsplit("/", 1)[-1] in ("train.bin", "test.bin") else 1
         width = label_bytes + 3 * CIFAR_SIDE_PX**2
         if not data or len(data) % width:
             raise InputError(f"{uri} has {len(data)} bytes, not a multiple of {width}: not a CIFAR binary batch")
@@ -79,7 +79,7 @@ def _cifar_batch(uri: str, stamped: tuple[int, int]) -> tuple[npt.NDArray[np.uin
 
 
 def _cifar_names(place: Place) -> tuple[str, ...] | None:
-    folder = place if place.kind() == pafs.FileType.Directory else folder_of(place)
+    folder = place if place.kind() == pafs.FileType.Directory else place.folder
     for name in ("batches.meta.txt", "fine_label_names.txt"):
         if folder.at(name).exists():
             return tuple(line.strip() for line in folder.at(name).read().decode().splitlines() if line.strip())

@@ -23,7 +23,7 @@ from engine.sources import paths
 from engine.sources.boxes import BOXES, Drawn, boxes_array
 from engine.sources.ids import check_unique
 from engine.sources.listing import LISTING_ROWS, Listing, ListingWriter
-from engine.sources.pool import Columns, Pool, check_inside, folder_of
+from engine.sources.pool import Columns, Pool, check_inside
 
 USES = frozenset(("images",))
 FURTHER = pa.schema([pa.field("image_id", pa.string()), BOXES])
@@ -115,7 +115,7 @@ def _base(place: Place, images: list[dict[str, Any]], given: str | None) -> Plac
         if base.kind() != pafs.FileType.Directory:
             raise InputError(f"--images {given!r} is not a folder")
         return base
-    here = folder_of(place)
+    here = place.folder
     places = [here, here.at("images"), here.at(place.path.rsplit("/", 1)[-1].removesuffix(".json"))]
     for image in images[:TRIED]:
         for base in places:

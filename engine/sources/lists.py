@@ -15,7 +15,7 @@ from engine.folders import Place, digest_of
 from engine.sources import paths
 from engine.sources.ids import check_unique, names_rows
 from engine.sources.listing import Listing, ListingWriter
-from engine.sources.pool import Columns, Pool, folder_of
+from engine.sources.pool import Columns, Pool
 from engine.sources.roles import Roles, class_label_names, find_roles, is_text, plain
 from engine.sources.tables import TABLES, TEXT, batches, same_schema, suffix_of
 from engine.sources.texts import TextTypes
@@ -90,7 +90,7 @@ def list_pool(place: Place, columns: Columns) -> Pool:
         further = pa.schema([(name, types.type_of(name)) for name in further.names])
     if label == pa.string() and not (as_text and types.type_of(str(roles.label)) == pa.int64()):
         class_names = classes.names()
-    base = Place(columns.images) if columns.images else place if place.kind() == pafs.FileType.Directory else folder_of(place)
+    base = Place(columns.images) if columns.images else place if place.kind() == pafs.FileType.Directory else place.folder
     detail = {
         "base": base.absolute,
         "id": _name_rows(listing, roles.id is not None, place.uri),

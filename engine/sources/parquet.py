@@ -14,7 +14,7 @@ import pyarrow.fs as pafs
 
 from engine.folders import Place, digest_of
 from engine.sources.listing import ListingWriter, extents
-from engine.sources.pool import Columns, Pool, Sample, folder_of, stamp
+from engine.sources.pool import Columns, Pool, Sample, stamp
 from engine.sources.rows import columns_read, samples, survey
 from engine.sources.tables import TABLES, batches, extent_rows, read_extent, same_schema, stream_row_group
 from engine.sources.walk import files_ending
@@ -56,7 +56,7 @@ def _extent(uri: str, stamped: tuple[int, int], group: int, columns: tuple[str, 
 def read(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
     """Yield the samples of pool rows [start, stop); the last row group is kept, as the next rows are likely in it."""
     place = Place(pool.uri)
-    base = place if place.kind() == pafs.FileType.Directory else folder_of(place)
+    base = place if place.kind() == pafs.FileType.Directory else place.folder
     names = tuple(columns_read(pool))
     for extent, low, high in extents(pool.listing, start, stop):
         file = place.at(*extent["file"].split("/")) if extent["file"] else place

@@ -18,6 +18,10 @@ IMAGE_SUFFIXES = frozenset(
 )
 NO_COLUMNS = pa.schema([])
 
+UNREADABLE = "cannot be read: "
+"""How the `error` of a sample begins whose file the filesystem did not give."""
+NO_SUCH_FILE = f"{UNREADABLE}there is no such file"
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -52,6 +56,12 @@ class Pool:
     detail: dict[str, Any]
     listing: Listing
     schema: pa.Schema = NO_COLUMNS
+
+    @property
+    def left_out(self) -> dict[str, Any]:
+        """What of the pool does not pass through, counted or with the reason: columns, boxes, samples without an image."""
+        kinds = ("columns_left_out", "boxes_left_out", "without_image")
+        return {kind: self.detail[kind] for kind in kinds if self.detail.get(kind)}
 
 
 @dataclass(frozen=True)
@@ -98,11 +108,6 @@ def stamp(place: Place) -> tuple[int, int]:
     return info.size or 0, info.mtime_ns or 0
 
 
-def folder_of(place: Place) -> Place:
-    """Return the folder that a file is in."""
-    return Place(place.uri.rsplit("/", 1)[0])
-
-
 def check_inside(path: str, what: str) -> None:
     """Raise InputError where a path read from a file of a pool is absolute or climbs out of its folder."""
     depth = 0
@@ -142,5 +147,7 @@ def sample_from_file(row: int, name: str, file: Place, label: int | None, extra:
     extra = extra or {}
     try:
         return Sample(row, name, file.uri, label, file.read(), extra=extra)
+    except FileNotFoundError:
+        return Sample(row, name, file.uri, label, b"", NO_SUCH_FILE, extra)
     except (OSError, pa.ArrowInvalid) as error:
-        return Sample(row, name, file.uri, label, b"", f"cannot be read: {str(error).splitlines()[0]}", extra)
+        return Sample(row, name, file.uri, label, b"", f"{UNREADABLE}{str(error).splitlines()[0]}", extra)

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from engine.schema import InputError
 from engine.sources.pool import Columns
+from engine.store import TAKEN
 
 BYTES_COLUMNS = ("image", "img")
 PATH_COLUMNS = ("uri", "path", "file_name", "image", "image_path", "url", "img")
@@ -17,10 +18,8 @@ LABEL_COLUMNS = ("label", "labels", "fine_label")
 OBJECTS = "objects"
 """The column of boxes in the Hugging Face convention."""
 CATEGORY_FIELDS = ("category", "categories", "category_id", "label", "labels")
-TAKEN = frozenset(
-    ("row", "id", "label", "uri", "width", "height", "boxes", "reason", "embedding", "patterns", "pixels", "phash", "num_bytes")
-)
-"""Columns that a feature store has of its own: metadata of these names does not pass through."""
+RESERVED = TAKEN | {"uri", "boxes"}
+"""Columns that a listing or a feature store has of its own: metadata of these names does not pass through."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def _metadata(
     kept, left_out = [], {}
     for name in named or [name for name in schema.names if name not in used]:
         kind = plain(schema.field(name).type)
-        reason = "the features have a column of that name" if name in TAKEN else None
+        reason = "the features have a column of that name" if name in RESERVED else None
         if reason is None and not _passes(kind):
             reason = f"{kind} is neither a scalar nor a list of scalars"
         if reason is None:

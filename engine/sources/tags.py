@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from engine.folders import Place
 from engine.schema import InputError
-from engine.sources.roles import TAKEN
+from engine.sources.roles import RESERVED
 
 TEXT = "txt"
 """The column of the text beside an image."""
@@ -52,11 +52,11 @@ class Tags:
         left_out: dict[str, str] = {}
         for name in sorted(self.wanted or self._kinds):
             kinds = self._kinds[name]
-            if name in TAKEN and name != label:
+            if name in RESERVED and name != label:
                 left_out[name] = "the features have a column of that name"
             elif kinds & {list, dict}:
                 left_out[name] = "it is a list or an object"
-            elif name not in (label, *TAKEN):
+            elif name not in (label, *RESERVED):
                 fields.append(pa.field(name, _narrowest(kinds)))
         for name in left_out if self.wanted else ():
             raise InputError(f"{self.uri}: --metadata-column {name!r} cannot pass through: {left_out[name]}")

@@ -20,7 +20,7 @@ from engine.folders import CHUNK_BYTES, Place, digest_of
 from engine.schema import InputError
 from engine.sources.ids import check_unique
 from engine.sources.listing import LISTING_ROWS, ListingWriter
-from engine.sources.pool import IMAGE_SUFFIXES, Columns, Pool, Sample, check_inside, folder_of, stamp
+from engine.sources.pool import IMAGE_SUFFIXES, Columns, Pool, Sample, check_inside, stamp
 from engine.sources.tags import Tags, values_of
 from engine.sources.texts import TextTypes
 from engine.sources.values import ClassNames, labels_of, slices
@@ -42,7 +42,7 @@ RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 def shards_of(place: Place) -> tuple[Place, list[str]]:
     """Return the folder of a pool's shards and their names: those that a pattern NAME-{000..012}.tar or a folder says."""
-    folder, name = folder_of(place), place.path.rsplit("/", 1)[-1]
+    folder, name = place.folder, place.path.rsplit("/", 1)[-1]
     found = RANGE.search(name)
     if found:
         first, last = found.groups()

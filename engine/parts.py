@@ -1,0 +1,117 @@
+"""One part of a feature store: its table, its bytes, and what is known of it without reading it whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from engine.chunks import Item
+from engine.folders import Place, digest_of, sha256_of
+from engine.retry import patiently
+from engine.schema import RunError
+from engine.store import PATTERNS, labels_numpy, part_bytes, part_name, patterns_array, vector_counts, vectors_array
+
+REJECTED = pa.schema([("row", pa.int64()), ("id", pa.string()), ("uri", pa.string()), ("reason", pa.string())])
+THREADS = 8
+"""Finished parts that are looked at, and hashed, at a time."""
+
+
+def part_table(
+    items: Sequence[Item], vectors: Sequence[npt.NDArray[np.float32]], column: str, dtype: str, extra: pa.Schema
+) -> pa.Table:
+    """Return a part's table of images that are not rejected.
+
+    `vectors` begin with an array of none, (0, d); then come those of batches, one an image, or, for the column `patterns`,
+    of each image. They are stored as `dtype`. `extra` names and types the pool's further columns. Raises RunError for a
+    vector that is not finite as `dtype`; the message names its image.
+    """
+    with np.errstate(over="ignore"):  # what does not fit is an error of ours, below
+        stored = np.concatenate(vectors).astype(dtype)
+    several = column == PATTERNS
+    counts = np.array([len(own) for own in vectors[1:]] if several else [1] * len(items), dtype=np.int64)
+    if not np.isfinite(stored).all():
+        first = int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0])
+        bad = items[int(np.searchsorted(np.cumsum(counts), first, side="right"))]
+        raise RunError(f"the encoder gave a vector that is not finite as {dtype} for image {bad.id!r} (row {bad.row})")
+    return pa.table(
+        {
+            "row": pa.array([item.row for item in items], pa.int64()),
+            "id": pa.array([item.id for item in items], pa.string()),
+            "label": pa.array([item.label for item in items], pa.int64()),
+            "width": pa.array([item.size[0] for item in items], pa.int32()),
+            "height": pa.array([item.size[1] for item in items], pa.int32()),
+            "phash": pa.array([item.phash for item in items], pa.uint64()),
+            "bytes": pa.array([item.num_bytes for item in items], pa.int64()),
+            **{field.name: pa.array([item.extra[field.name] for item in items], field.type) for field in extra},
+            column: patterns_array(stored, counts) if several else vectors_array(stored),
+        }
+    )
+
+
+def write_part(place: Place, start: int, stop: int, table: pa.Table, items: Sequence[Item]) -> dict[str, Any]:
+    """Write the part of pool rows [start, stop) of the store at `place`; return what the manifest says of it.
+
+    The part's facts and its rejected `items` are in its schema's metadata: it is complete in itself. Raises RunError where
+    it can't be written.
+    """
+    rejected = [{"row": item.row, "id": item.id, "uri": item.uri, "reason": item.reason} for item in items if item.reason]
+    facts = {
+        "start": start,
+        "stop": stop,
+        "num_vectors": len(table),
+        **({"num_patterns": int(vector_counts(table[PATTERNS]).sum())} if PATTERNS in table.column_names else {}),
+        "num_labeled": int((labels_numpy(table["label"]) >= 0).sum()),
+        "num_rejected": len(rejected),
+    }
+    metadata = {"facts": json.dumps(facts), "rejected": json.dumps(rejected)}
+    data = part_bytes(table.replace_schema_metadata(metadata))
+    file = place.at("parts", part_name(start))
+    try:
+        file.write(data)
+    except OSError as error:
+        raise RunError(
+            f"{file.uri} cannot be written: {error}. The parts written before are kept: once there is room, or the place is "
+            "back, the same command goes on"
+        ) from error
+    return {"name": part_name(start), **facts, "sha256": digest_of(memoryview(data).tobytes()), "bytes": data.size}
+
+
+def _metadata(file: Place) -> dict[bytes, bytes]:
+    """Return the metadata of a part's schema: only the end of the file is read."""
+
+    def end() -> dict[bytes, bytes]:
+        with file.fs.open_input_file(file.path) as source:
+            return dict(pa.ipc.open_file(source).schema.metadata)
+
+    return patiently(end, file.uri, file.remote)
+
+
+def _entry(file: Place) -> dict[str, Any]:
+    facts = json.loads(_metadata(file)[b"facts"])
+    size = file.fs.get_file_info(file.path).size
+    return {"name": part_name(facts["start"]), **facts, "sha256": sha256_of(file), "bytes": size}
+
+
+def finished_parts(place: Place, ranges: Sequence[tuple[int, int]]) -> dict[int, dict[str, Any]]:
+    """Return first row -> manifest entry of the parts that an earlier run of the same command finished.
+
+    Each file is hashed in a stream, several at a time; none is held in memory.
+    """
+    names = set(place.at("parts").names())
+    files = {start: place.at("parts", part_name(start)) for start, _ in ranges if part_name(start) in names}
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(files, pool.map(_entry, files.values()), strict=True))
+
+
+def rejected_rows(place: Place, entries: Sequence[dict[str, Any]]) -> Iterator[pa.RecordBatch]:
+    """Yield the rejected rows of a store's parts in order, a batch for each part that has some, as REJECTED."""
+    files = [place.at("parts", entry["name"]) for entry in entries if entry["num_rejected"]]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for metadata in pool.map(_metadata, files):
+            yield pa.RecordBatch.from_pylist(json.loads(metadata[b"rejected"]), schema=REJECTED)

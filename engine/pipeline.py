@@ -1,0 +1,273 @@
+"""Parts of a pool through the encoders: in this process, or on an actor pool of Ray Data.
+
+One execution for the whole pool: a row of the dataset is a part, an actor encodes and writes it, and sends back what the
+manifests say of it. Batches never mix parts, so a part's bytes depend neither on who made it nor on who decoded it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine import session
+from engine.backbones import NO_FILE
+from engine.chunks import Chunk, Decoder, Inline, Item, OnTasks, OnThreads, Recipe, chunk_rows, open_listing
+from engine.encoders import Encoder, build_encoders
+from engine.folders import Place
+from engine.inputs import Pixels
+from engine.parts import part_table, write_part
+from engine.schema import InputError, RunError, parse_decode_workers, parse_workers
+from engine.sources.pool import NO_SUCH_FILE, UNREADABLE
+from engine.verbs import EmbedOptions
+
+DEFAULT_BATCH = {"cpu": 16, "cuda": 256}
+STAGES = ("read_s", "decode_s", "wait_s", "encode_s", "write_s")
+"""What a part's seconds went to. Decoding ahead overlaps with encoding: the encoder stood still for `wait_s` of it."""
+
+
+@dataclass(frozen=True)
+class Todo:
+    """A part that is missing: pool rows [start, stop), and the encoders whose stores lack it."""
+
+    start: int
+    stop: int
+    encoders: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Stores:
+    """Where a run reads its listing and writes: encoder -> place of its feature store."""
+
+    listing: str
+    digest: str
+    places: Mapping[str, str]
+
+
+class Batches:
+    """Cuts chunks into batches of `size` images, whatever the chunks' sizes; one for each input of the encoders."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.held: list[Pixels] = []
+        self.count = 0
+
+    def add(self, pixels: Pixels) -> Iterator[Pixels]:
+        """Yield the batches that are full with these images."""
+        while len(pixels):
+            room = self.size - self.count
+            self.held.append(pixels[:room])
+            self.count += len(self.held[-1])
+            pixels = pixels[room:]
+            if self.count == self.size:
+                yield self.rest()
+
+    def rest(self) -> Pixels:
+        """Return the images held, (k, ...) with k <= size, and hold none; the array is the caller's own."""
+        batch = np.concatenate(self.held) if self.held else np.empty(0, np.uint8)
+        self.held, self.count = [], 0
+        return batch
+
+
+class PartEncoder:
+    """What an actor does: one part at a time, from reading its samples to its finished files.
+
+    Called by Ray Data with a batch of one part, or directly.
+    """
+
+    def __init__(self, options: EmbedOptions, stores: Stores, device: str, decode_tasks: int = 0) -> None:
+        import torch
+
+        began = time.perf_counter()
+        threads = options.cpus_per_worker
+        torch.set_num_threads(threads)
+        self.options, self.stores = options, stores
+        self.encoders = build_encoders(options, device)
+        self.batch = options.batch_size or DEFAULT_BATCH[device]
+        inputs = tuple(dict.fromkeys(encoder.input for encoder in self.encoders.values()))
+        self.recipe = Recipe(stores.listing, stores.digest, inputs, options.max_pixels, options.draft)
+        self.pool = open_listing(self.recipe)
+        ahead = device == "cuda" or threads > 1
+        self.decoder: Decoder = OnTasks(decode_tasks) if decode_tasks else OnThreads(threads) if ahead else Inline()
+        self.model_s = time.perf_counter() - began
+
+    def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> dict[str, list[str]]:
+        """Encode the parts that a batch of Ray Data names; return their entries as JSON.
+
+        Our own errors travel as entries, too: `on_ray` raises them again, without Ray's stack around them.
+        """
+        entries = []
+        for start, stop, names in zip(batch["start"], batch["stop"], batch["encoders"], strict=True):
+            try:
+                entries.append(self.encode_part(Todo(int(start), int(stop), tuple(str(names).split(",")))))
+            except (InputError, RunError) as error:
+                entries.append({"failed": str(error)})
+        return {"part": [json.dumps(entry) for entry in entries]}
+
+    def encode_part(self, todo: Todo) -> dict[str, Any]:
+        """Read, decode, encode and write one part.
+
+        Returns `start`, `stop`, `stores` (encoder -> the part's entry in its manifest) and `spent` (STAGES, and `model_s`
+        with an actor's first part). Raises RunError where the pool can't be read, a vector is not finite, or a file not
+        written.
+        """
+        spent = dict.fromkeys(STAGES, 0.0) | {"model_s": self.model_s}
+        self.model_s = 0.0
+        encoders = {name: self.encoders[name] for name in todo.encoders}
+        made = _Made(encoders, self.batch, self.options.compile)
+        inputs = tuple(dict.fromkeys(encoder.input for encoder in encoders.values()))
+        recipe = replace(self.recipe, inputs=inputs)
+        rows = chunk_rows(self.batch, inputs)
+        ranges = [(start, min(start + rows, todo.stop)) for start in range(todo.start, todo.stop, rows)]
+        began = time.perf_counter()
+        for chunk in self.decoder.chunks(recipe, ranges):
+            given = time.perf_counter()
+            made.add(chunk, inputs)
+            spent["wait_s"] += given - began
+            spent["read_s"] += chunk.read_s
+            spent["decode_s"] += chunk.decode_s
+            began = time.perf_counter()
+            spent["encode_s"] += began - given
+        made.finish(inputs)
+        done = time.perf_counter()
+        spent["encode_s"] += done - began
+        check_readable(made.items, self.pool.uri)
+        entries = {name: self._write(todo, name, encoder, made) for name, encoder in encoders.items()}
+        spent["write_s"] = time.perf_counter() - done
+        return {"start": todo.start, "stop": todo.stop, "stores": entries, "spent": spent}
+
+    def _write(self, todo: Todo, name: str, encoder: Encoder, made: _Made) -> dict[str, Any]:
+        good = [item for item in made.items if item.reason is None]
+        table = part_table(good, made.vectors[name], encoder.column, self.options.dtype, self.pool.schema)
+        return write_part(Place(self.stores.places[name]), todo.start, todo.stop, table, made.items)
+
+
+class _Made:
+    """What of a part is there so far: its items, and the vectors of each encoder."""
+
+    def __init__(self, encoders: Mapping[str, Encoder], batch: int, padded: bool) -> None:
+        self.encoders, self.batch, self.padded = encoders, batch, padded
+        self.items: list[Item] = []
+        self.rows: list[int] = []
+        self.vectors: dict[str, list[npt.NDArray[np.float32]]] = {
+            name: [np.empty((0, encoder.dim), np.float32)] for name, encoder in encoders.items()
+        }
+        self.batches = {encoder.input: Batches(batch) for encoder in encoders.values()}
+        self.encoded = dict.fromkeys(self.batches, 0)
+
+    def add(self, chunk: Chunk, inputs: Sequence[Any]) -> None:
+        """Take a chunk, whose pixels are those of `inputs`; encode the batches that it fills."""
+        self.items += chunk.items
+        self.rows += [item.row for item in chunk.items if item.reason is None]
+        for given, pixels in zip(inputs, chunk.pixels, strict=True):
+            for batch in self.batches[given].add(pixels):
+                self._encode(given, batch)
+
+    def finish(self, inputs: Sequence[Any]) -> None:
+        """Encode what fills no batch."""
+        for given in inputs:
+            batch = self.batches[given].rest()
+            if len(batch):
+                self._encode(given, batch)
+
+    def _encode(self, given: Any, batch: Pixels) -> None:
+        first, count = self.encoded[given], len(batch)
+        self.encoded[given] += count
+        rows = np.array(self.rows[first : first + count], dtype=np.int64)
+        if self.padded and count < self.batch:  # a compiled network has one shape: its kernels are the same for all
+            missing = self.batch - count
+            batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
+            rows = np.concatenate([rows, np.repeat(rows[-1:], missing)])
+        for name, encoder in self.encoders.items():
+            if encoder.input == given:
+                found = encoder.encode(batch, rows)
+                self.vectors[name] += found[:count] if isinstance(found, list) else [found[:count]]
+
+
+def check_readable(items: Sequence[Item], pool: str) -> None:
+    """Raise RunError where the filesystem gave not one image of a part: that is not the images' fault.
+
+    Files that are not there are: they are rejected, however many.
+    """
+    refused = [item.reason for item in items if item.reason and item.reason.startswith(UNREADABLE)]
+    if len(refused) == len(items) and NO_SUCH_FILE not in refused:
+        raise RunError(
+            f"none of rows {items[0].row} to {items[-1].row} of pool {pool!r} can be read, the first one: "
+            f"{refused[0][len(UNREADABLE) :]}. Finished parts are kept: run the same command again once the pool can be read"
+        )
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who does the work on Ray: least and most actors, the GPUs of each, and the tasks that decode ahead of each."""
+
+    low: int
+    high: int
+    gpus: float
+    decode_tasks: int
+
+
+def crew(options: EmbedOptions, num_parts: int, cpus: int, gpus: int) -> Crew:
+    """Return who works on `num_parts` parts in a cluster of so many CPUs and GPUs.
+
+    By default an actor for each GPU, or each CPU; tasks decode where actors are on GPUs and leave CPUs. Raises InputError
+    for options that can't be.
+    """
+    each = options.gpus_per_worker if options.gpus_per_worker is not None else float(gpus > 0)
+    if each > 1 and each != int(each):
+        raise InputError(f"option gpus_per_worker is {each:g}: above 1 it must be a whole number")
+    asked = parse_decode_workers(options.decode_workers)
+    fit = int(gpus / each) if each else cpus // (options.cpus_per_worker + (asked or 0))
+    low, high = parse_workers(options.workers) or (max(1, fit), max(1, fit))
+    low, high = min(low, num_parts), min(high, num_parts)
+    spare = cpus - high * options.cpus_per_worker
+    automatic = max(1, spare // high) if each and spare > 0 else 0
+    return Crew(low, high, each, automatic if asked is None else asked)
+
+
+def on_ray(options: EmbedOptions, stores: Stores, todo: Sequence[Todo]) -> Iterator[dict[str, Any]]:
+    """Encode parts on an actor pool of Ray Data; yield their entries as they are finished."""
+    import ray.data
+
+    who = crew(options, len(todo), session.cpus(), session.gpus())
+    rows = [{"start": part.start, "stop": part.stop, "encoders": ",".join(part.encoders)} for part in todo]
+    weights = options.weights if options.weights in NO_FILE else Place(options.weights).absolute
+    arguments = {
+        "options": replace(options, weights=weights),
+        "stores": stores,
+        "device": "cuda" if who.gpus else "cpu",
+        "decode_tasks": who.decode_tasks,
+    }
+    done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        PartEncoder,
+        fn_constructor_kwargs=arguments,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(min_size=who.low, max_size=who.high),
+        num_cpus=options.cpus_per_worker,
+        num_gpus=who.gpus or None,
+    )
+    for batch in done.iter_batches(batch_size=1, prefetch_batches=0):
+        for part in batch["part"]:
+            entry = json.loads(part)
+            if "failed" in entry:
+                raise RunError(entry["failed"])
+            yield entry
+
+
+def in_process(options: EmbedOptions, stores: Stores, todo: Sequence[Todo]) -> Iterator[dict[str, Any]]:
+    """Encode parts in this process, one after another; yield their entries."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    before = torch.get_num_threads()
+    try:
+        encoder = PartEncoder(options, stores, device)
+        for part in todo:
+            yield encoder.encode_part(part)
+    finally:
+        torch.set_num_threads(before)
