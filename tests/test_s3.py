@@ -1,0 +1,216 @@
+"""Embedding from and to an S3 endpoint (moto's server, on loopback), also while it is away, locked, or losing objects."""
+
+import io
+import threading
+
+import numpy as np
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from engine import embed as embed_module
+from engine.embed import embed, embed_all
+from engine.folders import Place
+from engine.info import describe
+from engine.schema import InputError, RunError
+from engine.sources.pool import NO_SUCH_FILE
+from engine.store import FeatureStore
+from engine.verbs import EmbedOptions
+from engine.verify import verify
+
+pytest.importorskip("moto", reason="needs the dev extra")
+
+
+class Bucket:
+    """An S3 endpoint with one bucket, which can be taken down and brought back."""
+
+    def __init__(self):
+        from moto.server import ThreadedMotoServer
+
+        self.new = ThreadedMotoServer
+        self.server = self.new(ip_address="127.0.0.1", port=0, verbose=False)
+        self.server.start()
+        self.port = self.server.get_host_and_port()[1]
+        self.fs = pafs.S3FileSystem(
+            access_key="key",
+            secret_key="secret",
+            endpoint_override=f"127.0.0.1:{self.port}",
+            scheme="http",
+            region="us-east-1",
+            allow_bucket_creation=True,
+        )
+        self.fs.create_dir("bucket")
+
+    def uri(self, path):
+        return f"s3://key:secret@bucket/{path}?endpoint_override=127.0.0.1:{self.port}&scheme=http&region=us-east-1"
+
+    def stop(self):
+        self.server.stop()
+
+    def start(self):
+        self.server = self.new(ip_address="127.0.0.1", port=self.port, verbose=False)
+        self.server.start()
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    bucket = Bucket()
+    yield bucket
+    bucket.stop()
+
+
+@pytest.fixture(scope="module")
+def pool(bucket, tmp_path_factory):
+    """150 grey PNGs in class folders, below the bucket and the same in a local folder: parts of 64, 64 and 22."""
+    folder = tmp_path_factory.mktemp("local")
+    for value in range(150):
+        data = io.BytesIO()
+        Image.fromarray(np.full((2, 3), value, np.uint8)).save(data, format="PNG")
+        name = f"{'a' if value < 100 else 'b'}/{value:03d} é.png"
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data.getvalue())
+        with bucket.fs.open_output_stream(f"bucket/pool/{name}") as stream:
+            stream.write(data.getvalue())
+    return folder
+
+
+def options(pool, out, **given):
+    return EmbedOptions(pool=str(pool), out=str(out), **{"encoder": "pixels", "pixels_size": 2, "workers": 0, **given})
+
+
+def parts(manifest):
+    return [(part["name"], part["sha256"]) for part in manifest["parts"]]
+
+
+@pytest.fixture(scope="module")
+def whole(pool, tmp_path_factory):
+    """The manifest of an unbroken run on the local pool."""
+    return embed(options(pool, tmp_path_factory.mktemp("whole") / "out"))
+
+
+def test_a_pool_and_its_features_may_be_in_a_bucket(bucket, pool, whole):
+    out = bucket.uri("both")
+    network = {"backbone": "test_resnet", "weights": "random", "image_size": 32}
+    manifests = embed_all(options(bucket.uri("pool"), out, encoder="pixels,embedding", **network))
+    assert [manifest["num_vectors"] for manifest in manifests] == [150, 150]
+    assert parts(manifests[0]) == parts(whole)
+    store = FeatureStore(bucket.uri("both/pixels"))
+    assert store.labels.tolist() == [0] * 100 + [1] * 50
+    assert store.ids(np.array([149])) == ["b/149 é.png"]
+    assert np.array_equal(store.vectors()[:, 0], np.arange(150, dtype=np.float32) / np.float32(255))
+    assert verify(bucket.uri("both/pixels"))["bad"] == []
+    assert list(describe(out)["stores"]) == ["embedding", "pixels"]
+    assert embed_all(options(bucket.uri("pool"), out, encoder="pixels,embedding", **network)) == manifests
+
+
+def test_the_endpoint_may_come_from_the_environment(bucket, pool, whole, monkeypatch):
+    for name, value in {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{bucket.port}")
+    assert parts(embed(options("s3://bucket/pool", "s3://bucket/environment"))) == parts(whole)
+
+
+def test_a_run_on_a_bucket_goes_on(bucket, pool, whole):
+    uri = bucket.uri("resumed")
+
+    def cut(stage, done, total, note):
+        if done >= 64:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed(options(pool, uri), cut)
+    assert describe(uri)["parts_missing"] == 2
+    seen = []
+    assert parts(embed(options(pool, uri), lambda stage, done, total, note: seen.append(done))) == parts(whole)
+    assert seen == [64, 128, 150]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [{"workers": 0}, {"workers": 2}, {"workers": 1, "decode_workers": 1}], ids=str)
+def test_ten_seconds_without_the_endpoint_end_no_run(bucket, pool, whole, ray_session, given):
+    """Down after the first part, up again ten seconds later."""
+    down = []
+
+    def progress(stage, done, total, note):
+        if done >= 64 and not down:
+            bucket.stop()
+            down.append(threading.Timer(10, bucket.start))
+            down[0].start()
+
+    name = "-".join(map(str, given.values()))
+    manifest = embed(options(bucket.uri("pool"), bucket.uri(f"down-{name}"), **given), progress)
+    assert not down[0].is_alive()
+    assert manifest["num_rejected"] == 0
+    assert parts(manifest) == parts(whole)
+
+
+@pytest.mark.slow
+def test_an_endpoint_that_stays_away_is_one_error_and_rejects_nothing(bucket, pool, whole):
+    uri = bucket.uri("gone")
+
+    def progress(stage, done, total, note):
+        if done == 64:
+            bucket.stop()
+
+    try:
+        with pytest.raises(RunError, match=r"gave no answer in 6 tries: .*run the same command again once the store is back"):
+            embed(options(bucket.uri("pool"), uri, max_rejected="100%"), progress)
+    finally:
+        bucket.start()
+    manifest = embed(options(bucket.uri("pool"), uri, max_rejected="100%"))
+    assert (manifest["num_rejected"], parts(manifest)) == (0, parts(whole))
+
+
+@pytest.fixture
+def locked(monkeypatch):
+    """Call it to let the endpoint refuse every key from then on."""
+    from moto import settings
+
+    return lambda: monkeypatch.setattr(settings, "INITIAL_NO_AUTH_ACTION_COUNT", 0)
+
+
+def test_wrong_credentials_are_one_error_and_leave_nothing(bucket, pool, tmp_path, locked, monkeypatch):
+    locked()
+    with pytest.raises(InputError, match=r"bucket/pool.* is refused: .*ACCESS_DENIED.* Check the credentials"):
+        embed(options(bucket.uri("pool"), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match=r"bucket/refused.* is refused: .*ACCESS_DENIED.* Check the credentials"):
+        embed(options(pool, bucket.uri("refused")))
+    monkeypatch.undo()
+    assert not Place(bucket.uri("refused")).exists()
+
+
+def test_credentials_that_end_in_mid_run_keep_what_is_finished(bucket, pool, whole, locked, monkeypatch):
+    uri = bucket.uri("ended")
+
+    def progress(stage, done, total, note):
+        if done == 64:
+            locked()
+
+    with pytest.raises(RunError, match=r"cannot be written: .*The parts written before are kept"):
+        embed(options(pool, uri), progress)
+    monkeypatch.undo()
+    assert describe(uri)["parts_missing"] == 2
+    assert parts(embed(options(pool, uri))) == parts(whole)
+
+
+def test_an_object_deleted_between_listing_and_reading_is_rejected(bucket, pool, tmp_path, monkeypatch):
+    opened, key = embed_module.open_pool, "bucket/pool/a/070 é.png"
+    data = (pool / "a" / "070 é.png").read_bytes()
+
+    def listed(uri, columns):
+        found = opened(uri, columns)
+        bucket.fs.delete_file(key)
+        return found
+
+    monkeypatch.setattr(embed_module, "open_pool", listed)
+    try:
+        manifest = embed(options(bucket.uri("pool"), tmp_path / "out"))
+    finally:
+        with bucket.fs.open_output_stream(key) as stream:
+            stream.write(data)
+    assert manifest["num_rejected"] == 1
+    (rejected,) = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pylist()
+    assert (rejected["row"], rejected["id"], rejected["reason"]) == (70, "a/070 é.png", NO_SUCH_FILE)
+    assert "bucket/pool/a/070" in rejected["uri"]
