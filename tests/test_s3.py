@@ -4,6 +4,7 @@ import io
 import threading
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
@@ -214,3 +215,24 @@ def test_an_object_deleted_between_listing_and_reading_is_rejected(bucket, pool,
     (rejected,) = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pylist()
     assert (rejected["row"], rejected["id"], rejected["reason"]) == (70, "a/070 é.png", NO_SUCH_FILE)
     assert "bucket/pool/a/070" in rejected["uri"]
+
+
+@pytest.mark.slow
+def test_ten_seconds_without_the_endpoint_of_a_container(bucket, pool, tmp_path):
+    """A Parquet file in five row groups: what is read after the first part has to be waited for."""
+    images = [(pool / ("a" if row < 100 else "b") / f"{row:03d} é.png").read_bytes() for row in range(150)]
+    pq.write_table(pa.table({"image": images}), tmp_path / "pool.parquet", row_group_size=30)
+    with bucket.fs.open_output_stream("bucket/pool.parquet") as stream:
+        stream.write((tmp_path / "pool.parquet").read_bytes())
+    down = []
+
+    def progress(stage, done, total, note):
+        if done == 64 and not down:
+            bucket.stop()
+            down.append(threading.Timer(10, bucket.start))
+            down[0].start()
+
+    manifest = embed(options(bucket.uri("pool.parquet"), tmp_path / "out"), progress)
+    assert not down[0].is_alive()
+    assert manifest["num_rejected"] == 0
+    assert parts(manifest) == parts(embed(options(tmp_path / "pool.parquet", tmp_path / "local")))
