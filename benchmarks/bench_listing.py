@@ -28,7 +28,7 @@ from data import machine
 WRITE_ROWS = 200_000
 RUN = """
 import json, os, sys, time
-from engine.folders import Place
+from engine.places import Place
 from engine.sources import load_pool, open_pool, read, save_pool
 print("ready", flush=True)
 sys.stdin.readline()

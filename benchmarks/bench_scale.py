@@ -25,7 +25,8 @@ import numpy as np
 import psutil
 from data import machine
 
-from engine.folders import Place, begin
+from engine.folders import begin
+from engine.places import Place
 from engine.store import FeatureStore, publish_features
 
 FEW_STEPS = 10

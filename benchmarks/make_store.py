@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from engine.folders import Place, begin, digest_of
+from engine.folders import begin, digest_of
+from engine.places import Place
 from engine.schema import BLOCK_ROWS
 from engine.store import part_bytes, part_name, publish_features, vectors_array
 

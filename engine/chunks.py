@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from engine.decode import BadImageError, decode
-from engine.folders import Place
 from engine.inputs import Input, Pixels
 from engine.phash import SIDE_PX, phash
+from engine.places import Place
 from engine.retry import WAITS_S, first_line, is_final
 from engine.schema import InputError, RunError
 from engine.sources import Pool, Sample, load_pool, read

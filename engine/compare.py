@@ -12,8 +12,9 @@ import pyarrow as pa
 
 from engine.arrays import Ints
 from engine.evaluate import Labelled, check_metrics, measure, read_test
-from engine.folders import Claim, Place, begin, digest_of, publish, read_manifest
+from engine.folders import Claim, begin, digest_of, publish, read_manifest
 from engine.placement import open_shards
+from engine.places import Place
 from engine.runner import Method, run_method
 from engine.schema import InputError, Progress, no_progress, parse_budgets, parse_pairs, result_options
 from engine.select import (

@@ -21,9 +21,10 @@ import torch
 from engine.arrays import Bools, Floats, Ints
 from engine.blocks import Block
 from engine.canonical import canonical_dot, canonical_norms, rows_at, single_thread
-from engine.folders import Claim, Place, digest_of, publish
+from engine.folders import Claim, digest_of, publish
 from engine.nearest import TILE_ELEMENTS
 from engine.placement import open_shards
+from engine.places import Place
 from engine.products import score_error, scores
 from engine.runner import ATTEMPTS
 from engine.schema import InputError, Progress, RunError, no_progress, result_options

@@ -10,7 +10,8 @@ from PIL import Image
 
 from engine.compare import compare
 from engine.embed import embed
-from engine.folders import Place, begin, publish
+from engine.folders import begin, publish
+from engine.places import Place
 from engine.schema import Progress, no_progress
 from engine.select import STRATEGIES
 from engine.verbs import CompareOptions, DemoOptions, EmbedOptions

@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 from engine import session
 from engine.backbones import NO_FILE
 from engine.encoders import Encoder, build_encoders, encoder_names
-from engine.folders import Claim, Place, now, read_manifest, read_run, sha256_of
+from engine.folders import Claim, now, read_manifest, read_run, sha256_of
 from engine.parts import REJECTED, finished_parts, rejected_rows
 from engine.pipeline import STAGES, Stores, Todo, in_process, on_ray
+from engine.places import Place
 from engine.retry import reached
 from engine.schema import (
     InputError,

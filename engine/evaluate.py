@@ -19,9 +19,10 @@ from engine.arrays import Ints
 from engine.blocks import Block, merge_smallest, smallest
 from engine.canonical import normalize
 from engine.draws import random_keys
-from engine.folders import Claim, Place, publish
+from engine.folders import Claim, publish
 from engine.nearest import nearest, nearest_sqdist
 from engine.placement import open_shards
+from engine.places import Place
 from engine.schema import InputError, Progress, no_progress, result_options
 from engine.select import read_selection
 from engine.shards import Shards

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.folders import Place, read_manifest, read_run
+from engine.folders import read_manifest, read_run
+from engine.places import Place
 from engine.schema import InputError
 from engine.sources import open_pool
 from engine.store import FeatureStore, part_rows

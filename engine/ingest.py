@@ -13,7 +13,8 @@ import pyarrow.feather
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from engine.folders import Claim, Place, digest_of
+from engine.folders import Claim, digest_of
+from engine.places import Place
 from engine.schema import BLOCK_ROWS, InputError, Progress, no_progress, result_options
 from engine.store import check_ids, part_bytes, part_name, publish_features, vectors_array
 from engine.verbs import ImportOptions

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from engine.chunks import Item
-from engine.folders import Place, digest_of, sha256_of
+from engine.folders import digest_of, sha256_of
+from engine.places import Place
 from engine.retry import patiently
 from engine.schema import RunError
 from engine.store import PATTERNS, labels_numpy, part_bytes, part_name, patterns_array, vector_counts, vectors_array

@@ -19,9 +19,9 @@ from engine import session
 from engine.backbones import NO_FILE
 from engine.chunks import Chunk, Decoder, Inline, Item, OnTasks, OnThreads, Recipe, chunk_rows, open_listing
 from engine.encoders import Encoder, build_encoders
-from engine.folders import Place
 from engine.inputs import Pixels
 from engine.parts import part_table, write_part
+from engine.places import Place
 from engine.schema import InputError, RunError, parse_decode_workers, parse_workers
 from engine.sources.pool import NO_SUCH_FILE, UNREADABLE
 from engine.verbs import EmbedOptions

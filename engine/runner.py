@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.folders import Place
+from engine.places import Place
 from engine.schema import Progress, RunError, no_progress
 from engine.shards import LostShardError, Request, Shards, Step, prepare
 

@@ -13,7 +13,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from engine.arrays import Ints
-from engine.folders import Place, digest_of, publish, read_manifest, read_run
+from engine.folders import digest_of, publish, read_manifest, read_run
+from engine.places import Place
 from engine.schema import BLOCK_ROWS, InputError
 
 PATTERNS = "patterns"

@@ -9,7 +9,8 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from engine.folders import Place, read_manifest, read_run, sha256_of
+from engine.folders import read_manifest, read_run, sha256_of
+from engine.places import Place
 from engine.schema import InputError, Progress, no_progress
 
 THREADS = 8

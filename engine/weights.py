@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from engine.folders import Place
+from engine.places import Place
 from engine.schema import InputError
 
 WRAPPERS = ("teacher", "state_dict", "model")

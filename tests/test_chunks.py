@@ -8,9 +8,9 @@ from engine import chunks as module
 from engine.chunks import Inline, OnTasks, OnThreads, Recipe, chunk_rows, decode_chunk
 from engine.decode import BadImageError, decode
 from engine.embed import LISTING, embed, embed_all
-from engine.folders import Place
 from engine.inputs import NetworkInput, SquareInput
 from engine.pipeline import Batches, crew
+from engine.places import Place
 from engine.schema import MAX_PIXELS, InputError
 from engine.sources import open_pool, save_pool
 from engine.store import FeatureStore

@@ -15,7 +15,7 @@ import pytest
 from test_contract import NOTHING, QUICK, clustered, shards_of
 from test_invariance import same
 
-from engine.folders import Place
+from engine.places import Place
 from engine.runner import Journal, run_method
 from engine.select import STRATEGIES, strategy_options
 from engine.shards import LocalShards, LostShardError, RayShards, Reading, Request, Step, open_local

@@ -10,8 +10,8 @@ from PIL import Image
 
 from engine import retry
 from engine.embed import embed
-from engine.folders import Place
 from engine.pipeline import check_readable
+from engine.places import Place
 from engine.retry import patiently, reached
 from engine.schema import InputError, RunError
 from engine.sources import pool as pool_module

@@ -12,8 +12,8 @@ from PIL import Image
 
 from engine import embed as embed_module
 from engine.embed import embed, embed_all
-from engine.folders import Place
 from engine.info import describe
+from engine.places import Place
 from engine.schema import InputError, RunError
 from engine.sources.pool import NO_SUCH_FILE
 from engine.store import FeatureStore

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from pools import IMAGE, everything, images_column, make_folder, png, refused, value_of, write
 
-from engine.folders import Place
+from engine.places import Place
 from engine.schema import InputError
 from engine.sources import Columns, load_pool, open_pool, read, save_pool
 

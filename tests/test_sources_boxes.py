@@ -10,7 +10,7 @@ import pytest
 from pools import everything, make_folder, refused, value_of
 
 from engine.embed import embed
-from engine.folders import Place
+from engine.places import Place
 from engine.sources import Columns, load_pool, open_pool, read, save_pool
 from engine.sources.boxes import BOXES, Drawn, boxes_array
 from engine.store import FeatureStore

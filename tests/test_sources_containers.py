@@ -13,7 +13,7 @@ import pytest
 from pools import everything, make_folder, png, refused, value_of, write
 from scipy.io import savemat
 
-from engine.folders import Place
+from engine.places import Place
 from engine.sources import Columns, hub, load_pool, open_pool, read, save_pool
 
 # --- tar

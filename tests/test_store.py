@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 
-from engine.folders import FORMAT, Place, begin, digest_of, publish, read_manifest, to_json
+from engine.folders import FORMAT, begin, digest_of, publish, read_manifest, to_json
 from engine.ingest import import_features
+from engine.places import Place
 from engine.schema import BLOCK_ROWS, InputError
 from engine.store import FeatureStore, part_bytes, part_name, table_bytes, vectors_array, vectors_numpy
 from engine.verbs import ImportOptions

@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from engine.arrays import Ints
-from engine.folders import Claim, Place, digest_of, publish, read_manifest
+from engine.folders import Claim, digest_of, publish, read_manifest
 from engine.placement import open_shards
+from engine.places import Place
 from engine.runner import Journal, Method, run_method
 from engine.schema import (
     InputError,

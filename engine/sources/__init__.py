@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
-from engine.folders import Place, to_json
+from engine.folders import to_json
+from engine.places import Place
 from engine.schema import InputError
 from engine.sources import cifar, coco, folder, hub, lists, parquet, svhn, tar, voc
 from engine.sources.listing import Listing

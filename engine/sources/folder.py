@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pyarrow.compute as pc
 
-from engine.folders import Place, digest_of
+from engine.folders import digest_of
+from engine.places import Place
 from engine.sources.listing import ListingWriter
 from engine.sources.pool import IMAGE_SUFFIXES, Columns, Images, Pool, Sample, sample_from_file
 from engine.sources.walk import FILES, ending, walk

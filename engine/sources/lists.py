@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from engine.folders import Place, digest_of
+from engine.folders import digest_of
+from engine.places import Place
 from engine.sources import paths
 from engine.sources.ids import check_unique, names_rows
 from engine.sources.listing import Listing, ListingWriter

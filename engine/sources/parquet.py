@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from engine.folders import Place, digest_of
+from engine.folders import digest_of
+from engine.places import Place
 from engine.sources.listing import ListingWriter, extents
 from engine.sources.pool import Columns, Pool, Sample, stamp
 from engine.sources.rows import columns_read, samples, survey

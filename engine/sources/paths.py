@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from engine.folders import Place
+from engine.places import Place
 from engine.sources.pool import Images, Pool, Sample, sample_from_file
 from engine.sources.values import labels_of, slices
 

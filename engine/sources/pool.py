@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
-from engine.folders import Place
+from engine.places import Place
 from engine.schema import InputError
 from engine.sources.listing import Listing
 from engine.verbs import EmbedOptions

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from engine.folders import Place
+from engine.places import Place
 from engine.sources.boxes import BOXES, LEFT_OUT
 from engine.sources.ids import check_unique, names_rows
 from engine.sources.objects import boxes_of, category_names

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
-from engine.folders import Place, digest_of
+from engine.folders import digest_of
+from engine.places import Place
 from engine.schema import InputError
 from engine.sources.listing import ListingWriter, extents
 from engine.sources.pool import Columns, Pool, Sample, stamp

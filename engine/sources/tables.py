@@ -10,7 +10,8 @@ import pyarrow.csv as pacsv
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from engine.folders import CHUNK_BYTES, Place
+from engine.folders import CHUNK_BYTES
+from engine.places import Place
 from engine.schema import InputError
 
 BATCH_ROWS = 16_384

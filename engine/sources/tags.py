@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from engine.folders import Place
+from engine.places import Place
 from engine.schema import InputError
 from engine.sources.roles import RESERVED
 

@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from engine.folders import CHUNK_BYTES, Place, digest_of
+from engine.folders import CHUNK_BYTES, digest_of
+from engine.places import Place
 from engine.schema import InputError
 from engine.sources.ids import check_unique
 from engine.sources.listing import LISTING_ROWS, ListingWriter

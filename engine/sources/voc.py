@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from engine.folders import Place, digest_of
+from engine.folders import digest_of
+from engine.places import Place
 from engine.schema import InputError
 from engine.sources import paths
 from engine.sources.boxes import BOXES, Drawn, boxes_array
