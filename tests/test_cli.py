@@ -121,6 +121,21 @@ def test_embed(world, tmp_path, capsys):
     assert f"{tmp_path}/out: " in capsys.readouterr().out
 
 
+def test_embed_with_several_encoders(world, tmp_path, capsys):
+    network = "--backbone test_resnet --weights random --image-size 32"
+    line = words(f"embed {{w}}/images --encoder pixels,embedding {network} --workers 0 --out {{t}}/out", world, tmp_path)
+    said = answers(capsys, line)
+    assert [(store["out"], store["dim"]) for store in said["stores"]] == [
+        (f"{tmp_path}/out/pixels", 192),
+        (f"{tmp_path}/out/embedding", 96),
+    ]
+    assert run(line) == 0
+    shown = capsys.readouterr().out
+    assert f"{tmp_path}/out/pixels: done before, 6 vectors of 192 floats" in shown
+    assert f"{tmp_path}/out/embedding: done before, 6 vectors of 96 floats" in shown
+    assert answers(capsys, words("info {t}/out", world, tmp_path))["stores"]["pixels"]["num_vectors"] == 6
+
+
 def test_embed_with_bad_images_says_where_they_are(world, tmp_path, capsys):
     line = words("embed {w}/damaged --encoder pixels --workers 0 --max-rejected 1 --out {t}/out", world, tmp_path)
     assert run(line) == 0
