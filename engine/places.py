@@ -14,12 +14,11 @@ from urllib.parse import quote, unquote
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from engine.retry import patiently
+from engine.retry import WEB, patiently
 from engine.schema import InputError
 
 PYARROW_SCHEMES = frozenset(("file", "s3", "gs", "gcs", "hdfs", "viewfs"))
 """What pyarrow opens by itself; its errors are about the address, not about what it knows."""
-WEB = ("http", "https")
 
 
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:

@@ -15,6 +15,9 @@ from engine.schema import InputError, RunError
 
 T = TypeVar("T")
 
+WEB = ("http", "https")
+"""Schemes whose every address may be another host: one that is away speaks for its own images only."""
+
 WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Between the tries. A try at a store that does not answer takes seconds itself, in the store's own client."""
 
@@ -50,10 +53,10 @@ def is_final(error: OSError) -> bool:
 def patiently(work: Callable[[], T], uri: str, remote: bool) -> T:
     """Return work(); on an object store (`remote`) an OSError that may pass is followed by another try, WAITS_S apart.
 
-    Raises the OSError that is final, or still there after the last try; RunError where the store gave no answer at all.
-    A list may name files of many web hosts, some of them gone for good: those get fewer tries and only ever an OSError.
+    Raises the OSError that is final, or still there after the last try; RunError where the store gave no answer at all (a
+    bucket). A list may name files of many web hosts, some of them gone for good: those get fewer tries, and an OSError.
     """
-    on_web = uri.startswith(("http://", "https://"))
+    on_web = uri.split("://")[0] in WEB
     for wait_s in WAITS_S[: WEB_TRIES if on_web else None] if remote else ():
         try:
             return work()

@@ -78,6 +78,12 @@ def test_a_store_that_never_answers_is_a_run_error(naps):
     assert naps == list(retry.WAITS_S)
 
 
+def test_a_host_of_the_web_that_is_away_speaks_for_itself(naps):
+    with pytest.raises(OSError, match="NETWORK_CONNECTION"):
+        patiently(Flaky(*[OSError(DOWN)] * 9), "https://example.org/a.jpg", True)
+    assert naps == list(retry.WAITS_S)
+
+
 def test_an_object_that_stays_odd_is_its_own_error(naps):
     with pytest.raises(OSError, match="odd"):
         patiently(Flaky(*[OSError("odd")] * 9), "s3://b/x", True)
