@@ -22,6 +22,7 @@ WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Between the tries. A try at a store that does not answer takes seconds itself, in the store's own client."""
 
 WEB_TRIES = 2
+"""Waits for an address of the web, at most: a list of millions may name many that are gone."""
 
 REFUSED = re.compile(
     r"ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|INVALID_SIGNATURE|EXPIRED|UNRECOGNIZED_CLIENT|"
