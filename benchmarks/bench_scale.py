@@ -123,9 +123,8 @@ def main() -> None:
                     f"{found['peak_gib']:>10.2f}",
                     flush=True,
                 )
-            times = [
-                (r["rows"], r["last_step_s" if strategy == "activeft" else "cpu_s"]) for r in results if r["strategy"] == strategy
-            ]
+            measure = "last_step_s" if strategy == "activeft" else "cpu_s"
+            times = [(r["rows"], r[measure]) for r in results if r["strategy"] == strategy]
             if len(times) > 2:
                 n, s = np.array(times).T
                 slope, start = np.polyfit(n, s, 1)

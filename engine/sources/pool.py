@@ -61,7 +61,8 @@ class Pool:
     def left_out(self) -> dict[str, Any]:
         """What of the pool does not pass through, counted or with the reason: columns, boxes, samples without an image."""
         kinds = ("columns_left_out", "boxes_left_out", "without_image")
-        return {kind: self.detail[kind] for kind in kinds if self.detail.get(kind)}
+        found = {kind: self.detail.get(kind) for kind in kinds}
+        return {kind: what for kind, what in found.items() if (any(what.values()) if isinstance(what, dict) else what)}
 
 
 @dataclass(frozen=True)
