@@ -22,8 +22,8 @@ from engine.decode import BadImageError, decode
 from engine.inputs import Input, Pixels
 from engine.phash import SIDE_PX, phash
 from engine.places import Place
-from engine.retry import WAITS_S, first_line, is_final
-from engine.schema import InputError, RunError
+from engine.retry import WAITS_S, is_final
+from engine.schema import InputError, RunError, first_line
 from engine.sources import Pool, Sample, load_pool, read
 
 CHUNK_BYTES = 64 << 20

@@ -122,6 +122,11 @@ class Place:
         return below
 
     @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rsplit("/", 1)[-1]
+
+    @property
     def folder(self) -> Place:
         """The folder that this is in."""
         head, rest = self._split

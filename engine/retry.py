@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from engine.schema import InputError, RunError
+from engine.schema import InputError, RunError, first_line
 
 T = TypeVar("T")
 
@@ -38,11 +38,6 @@ SILENT = re.compile(
     re.IGNORECASE,
 )
 """How they say that the store itself, not this object, is out of reach."""
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its class where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def is_final(error: OSError) -> bool:

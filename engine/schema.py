@@ -34,6 +34,11 @@ class RunError(RuntimeError):
     """The input was fine and the work failed: the message says what failed and what is kept (exit code 1)."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its class where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def no_progress(stage: str, done: int, total: int, note: str) -> None:
     """Ignore progress: the default where nobody watches."""
 

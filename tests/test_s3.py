@@ -1,6 +1,7 @@
 """Embedding from and to an S3 endpoint (moto's server, on loopback), also while it is away, locked, or losing objects."""
 
 import io
+import tarfile
 import threading
 
 import numpy as np
@@ -217,13 +218,25 @@ def test_an_object_deleted_between_listing_and_reading_is_rejected(bucket, pool,
     assert "bucket/pool/a/070" in rejected["uri"]
 
 
+def parquet_of(images, file):
+    pq.write_table(pa.table({"image": images}), file, row_group_size=30)
+
+
+def tar_of(images, file):
+    with tarfile.open(file, "w") as archive:
+        for row, data in enumerate(images):
+            info = tarfile.TarInfo(f"{row:03d}.png")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
 @pytest.mark.slow
-def test_ten_seconds_without_the_endpoint_of_a_container(bucket, pool, tmp_path):
-    """A Parquet file in five row groups: what is read after the first part has to be waited for."""
-    images = [(pool / ("a" if row < 100 else "b") / f"{row:03d} é.png").read_bytes() for row in range(150)]
-    pq.write_table(pa.table({"image": images}), tmp_path / "pool.parquet", row_group_size=30)
-    with bucket.fs.open_output_stream("bucket/pool.parquet") as stream:
-        stream.write((tmp_path / "pool.parquet").read_bytes())
+@pytest.mark.parametrize(("name", "write"), [("pool.parquet", parquet_of), ("pool.tar", tar_of)])
+def test_ten_seconds_without_the_endpoint_of_a_container(bucket, pool, tmp_path, name, write):
+    """A Parquet file in five row groups, a tar shard: what is read after the first part has to be waited for."""
+    write([(pool / ("a" if row < 100 else "b") / f"{row:03d} é.png").read_bytes() for row in range(150)], tmp_path / name)
+    with bucket.fs.open_output_stream(f"bucket/{name}") as stream:
+        stream.write((tmp_path / name).read_bytes())
     down = []
 
     def progress(stage, done, total, note):
@@ -232,7 +245,7 @@ def test_ten_seconds_without_the_endpoint_of_a_container(bucket, pool, tmp_path)
             down.append(threading.Timer(10, bucket.start))
             down[0].start()
 
-    manifest = embed(options(bucket.uri("pool.parquet"), tmp_path / "out"), progress)
+    manifest = embed(options(bucket.uri(name), tmp_path / "out"), progress)
     assert not down[0].is_alive()
     assert manifest["num_rejected"] == 0
-    assert parts(manifest) == parts(embed(options(tmp_path / "pool.parquet", tmp_path / "local")))
+    assert parts(manifest) == parts(embed(options(tmp_path / name, tmp_path / "local")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ import pyarrow as pa
 from PIL import Image
 
 from engine.places import Place
-from engine.schema import InputError
+from engine.schema import InputError, first_line
 from engine.sources.listing import Listing
 from engine.verbs import EmbedOptions
 
@@ -145,10 +146,18 @@ class Images:
 
 def sample_from_file(row: int, name: str, file: Place, label: int | None, extra: dict[str, Any] | None = None) -> Sample:
     """Read one file; a file that is gone or cannot be read is a sample with an error, not a crash."""
-    extra = extra or {}
+    return sample_of(row, name, file.uri, label, file.read, extra)
+
+
+def sample_of(
+    row: int, name: str, uri: str, label: int | None, read: Callable[[], bytes], extra: dict[str, Any] | None = None
+) -> Sample:
+    """Return the sample whose image `read` gives; what it can't give is a sample with an error."""
+    data, error = b"", None
     try:
-        return Sample(row, name, file.uri, label, file.read(), extra=extra)
+        data = read()
     except FileNotFoundError:
-        return Sample(row, name, file.uri, label, b"", NO_SUCH_FILE, extra)
-    except (OSError, pa.ArrowInvalid) as error:
-        return Sample(row, name, file.uri, label, b"", f"{UNREADABLE}{str(error).splitlines()[0]}", extra)
+        error = NO_SUCH_FILE
+    except (OSError, pa.ArrowInvalid) as caught:
+        error = f"{UNREADABLE}{first_line(caught)}"
+    return Sample(row, name, uri, label, data, error, extra or {})

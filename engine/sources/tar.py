@@ -7,6 +7,7 @@ in each shard.
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import tarfile
@@ -18,10 +19,11 @@ import pyarrow.fs as pafs
 
 from engine.folders import CHUNK_BYTES, digest_of
 from engine.places import Place
-from engine.schema import InputError
+from engine.retry import patiently
+from engine.schema import InputError, first_line
 from engine.sources.ids import check_unique
 from engine.sources.listing import LISTING_ROWS, ListingWriter
-from engine.sources.pool import IMAGE_SUFFIXES, Columns, Pool, Sample, check_inside, stamp
+from engine.sources.pool import IMAGE_SUFFIXES, Columns, Pool, Sample, check_inside, sample_of, stamp
 from engine.sources.tags import Tags, values_of
 from engine.sources.texts import TextTypes
 from engine.sources.values import ClassNames, labels_of, slices
@@ -43,7 +45,7 @@ RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 def shards_of(place: Place) -> tuple[Place, list[str]]:
     """Return the folder of a pool's shards and their names: those that a pattern NAME-{000..012}.tar or a folder says."""
-    folder, name = place.folder, place.path.rsplit("/", 1)[-1]
+    folder, name = place.folder, place.name
     found = RANGE.search(name)
     if found:
         first, last = found.groups()
@@ -69,7 +71,7 @@ def _members(shard: Place) -> Iterator[tuple[tarfile.TarInfo, io.BufferedReader]
                         raise InputError(f"{shard.uri} holds {info.name!r}, which is a link or no plain file: pack it again")
                     yield info, buffered
     except (tarfile.TarError, OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"{shard.uri} cannot be read as an uncompressed tar: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{shard.uri} cannot be read as an uncompressed tar: {first_line(error)}") from error
 
 
 def _text(shard: Place, info: tarfile.TarInfo, file: io.BufferedReader) -> str:
@@ -169,12 +171,16 @@ class _Shards:
         self._open: dict[str, pa.NativeFile] = {}
 
     def read(self, name: str, offset: int, size: int) -> bytes:
-        """Return a range of a shard; raises OSError where it isn't there."""
-        if name not in self._open:
-            self._open.clear()  # shards are read one after the other
-            place = self.folder.at(name)
-            self._open[name] = place.fs.open_input_file(place.path)
-        data: bytes = self._open[name].read_at(size, offset)
+        """Return a range of a shard, patiently as whole files are read; raises OSError where it isn't there."""
+        place = self.folder.at(name)
+
+        def ranged() -> bytes:
+            if name not in self._open:
+                self._open.clear()  # shards are read one after the other
+                self._open[name] = place.fs.open_input_file(place.path)
+            return bytes(self._open[name].read_at(size, offset))
+
+        data = patiently(ranged, place.uri, place.remote)
         if len(data) != size:
             raise OSError(f"{name} ends before it")
         return data
@@ -185,10 +191,8 @@ def read(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
     shards, row = _Shards(Place(pool.detail["base"])), start
     for table in slices(pool.listing.read(start, stop)):
         for entry, label in zip(table.to_pylist(), labels_of(table["label"], pool.class_names), strict=True):
-            uri, data, error = f"{shards.folder.at(entry['shard']).uri}#{entry['offset']}", b"", None
-            try:
-                data = shards.read(entry["shard"], entry["offset"], entry["size"])
-            except (OSError, pa.ArrowInvalid) as caught:
-                error = f"cannot be read: {str(caught).splitlines()[0]}"
-            yield Sample(row, entry["id"], uri, label, data, error, values_of(entry, pool.schema))
+            where = (entry["shard"], entry["offset"], entry["size"])
+            uri = f"{shards.folder.at(entry['shard']).uri}#{entry['offset']}"
+            given = functools.partial(shards.read, *where)
+            yield sample_of(row, entry["id"], uri, label, given, values_of(entry, pool.schema))
             row += 1
