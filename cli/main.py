@@ -103,10 +103,10 @@ def _features(command: str, out: str, manifest: dict[str, Any], ui: Session) -> 
     timing = manifest.get("time", {})
     if timing:
         facts["seconds"], facts["rows_per_s"] = timing["seconds_s"], timing["rows_per_s"]
+    if facts["already_done"]:
+        return facts, f"{out}: done before, {vectors}{rejected}"
     spent = f" in {timing['seconds_s']:.1f} s ({timing['rows_per_s']:,.1f} images/s)" if timing else ""
-    return facts, f"{out}: {'done before, ' if facts['already_done'] else ''}{vectors}{rejected}" + (
-        "" if facts["already_done"] else spent
-    )
+    return facts, f"{out}: {vectors}{rejected}{spent}"
 
 
 def _select(options: SelectOptions, flags: dict[str, bool]) -> None:

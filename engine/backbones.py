@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from engine.inputs import NetworkInput, Pixels
-from engine.schema import InputError, nearest, parse_pairs
+from engine.schema import InputError, first_line, nearest, parse_pairs
 from engine.verbs import EmbedOptions
 from engine.weights import load_backbone
 
@@ -99,7 +99,7 @@ def build_backbone(options: EmbedOptions) -> torch.nn.Module:
     except (OSError, RuntimeError) as error:
         if options.weights != "hub":
             raise
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"the weights of {name!r} cannot be fetched from the hub ({reason}): pass --weights FILE") from error
     if options.weights not in NO_FILE:
         load_backbone(model, options.weights)

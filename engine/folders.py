@@ -19,6 +19,7 @@ import pyarrow.fs as pafs
 
 from engine import __version__
 from engine.places import Place
+from engine.retry import patiently
 from engine.schema import InputError
 
 FORMAT = 1
@@ -169,11 +170,15 @@ def begin(
 
 def sha256_of(file: Place) -> str:
     """Return the sha256 of a file, as hex; it is never in memory as a whole."""
-    found = hashlib.sha256()
-    with file.fs.open_input_stream(file.path) as stream:
-        while data := stream.read(CHUNK_BYTES):
-            found.update(data)
-    return found.hexdigest()
+
+    def whole() -> str:
+        found = hashlib.sha256()
+        with file.fs.open_input_stream(file.path) as stream:
+            while data := stream.read(CHUNK_BYTES):
+                found.update(data)
+        return found.hexdigest()
+
+    return patiently(whole, file.uri, file.remote)
 
 
 def _files_of(place: Place) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from engine.folders import Claim, digest_of
 from engine.places import Place
-from engine.schema import BLOCK_ROWS, InputError, Progress, no_progress, result_options
+from engine.schema import BLOCK_ROWS, InputError, Progress, first_line, no_progress, result_options
 from engine.store import check_ids, part_bytes, part_name, publish_features, vectors_array
 from engine.verbs import ImportOptions
 
@@ -38,7 +38,7 @@ def _load_npy(place: Place) -> npt.NDArray[Any]:
             return np.asarray(np.load(place.path, mmap_mode="r", allow_pickle=False))
         return np.asarray(np.load(io.BytesIO(place.read()), allow_pickle=False))
     except (ValueError, EOFError) as error:
-        raise InputError(f"{place.uri} is not a .npy file of numbers: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{place.uri} is not a .npy file of numbers: {first_line(error)}") from error
 
 
 def _load_npz(place: Place) -> dict[str, npt.NDArray[Any]]:
@@ -48,7 +48,7 @@ def _load_npz(place: Place) -> dict[str, npt.NDArray[Any]]:
         with np.load(io.BytesIO(place.read()), allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{place.uri} is not a .npz file of numbers and strings: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{place.uri} is not a .npz file of numbers and strings: {first_line(error)}") from error
 
 
 def _load_table(place: Place) -> pa.Table:
@@ -57,7 +57,7 @@ def _load_table(place: Place) -> pa.Table:
             return pq.read_table(place.path, filesystem=place.fs)
         return pyarrow.feather.read_table(pa.py_buffer(place.read()))
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{place.uri} cannot be read as a table: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{place.uri} cannot be read as a table: {first_line(error)}") from error
 
 
 def _vector_column(table: pa.Table, named: str | None, uri: str) -> str:

@@ -14,9 +14,17 @@ import pyarrow as pa
 from engine.chunks import Item
 from engine.folders import digest_of, sha256_of
 from engine.places import Place
-from engine.retry import patiently
 from engine.schema import RunError
-from engine.store import PATTERNS, labels_numpy, part_bytes, part_name, patterns_array, vector_counts, vectors_array
+from engine.store import (
+    PATTERNS,
+    labels_numpy,
+    part_bytes,
+    part_name,
+    part_schema,
+    patterns_array,
+    vector_counts,
+    vectors_array,
+)
 
 REJECTED = pa.schema([("row", pa.int64()), ("id", pa.string()), ("uri", pa.string()), ("reason", pa.string())])
 THREADS = 8
@@ -83,18 +91,8 @@ def write_part(place: Place, start: int, stop: int, table: pa.Table, items: Sequ
     return {"name": part_name(start), **facts, "sha256": digest_of(memoryview(data).tobytes()), "bytes": data.size}
 
 
-def _metadata(file: Place) -> dict[bytes, bytes]:
-    """Return the metadata of a part's schema: only the end of the file is read."""
-
-    def end() -> dict[bytes, bytes]:
-        with file.fs.open_input_file(file.path) as source:
-            return dict(pa.ipc.open_file(source).schema.metadata)
-
-    return patiently(end, file.uri, file.remote)
-
-
 def _entry(file: Place) -> dict[str, Any]:
-    facts = json.loads(_metadata(file)[b"facts"])
+    facts = json.loads(part_schema(file).metadata[b"facts"])
     size = file.fs.get_file_info(file.path).size
     return {"name": part_name(facts["start"]), **facts, "sha256": sha256_of(file), "bytes": size}
 
@@ -114,5 +112,5 @@ def rejected_rows(place: Place, entries: Sequence[dict[str, Any]]) -> Iterator[p
     """Yield the rejected rows of a store's parts in order, a batch for each part that has some, as REJECTED."""
     files = [place.at("parts", entry["name"]) for entry in entries if entry["num_rejected"]]
     with ThreadPoolExecutor(THREADS) as pool:
-        for metadata in pool.map(_metadata, files):
-            yield pa.RecordBatch.from_pylist(json.loads(metadata[b"rejected"]), schema=REJECTED)
+        for schema in pool.map(part_schema, files):
+            yield pa.RecordBatch.from_pylist(json.loads(schema.metadata[b"rejected"]), schema=REJECTED)

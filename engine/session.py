@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.schema import RunError
+from engine.schema import RunError, first_line
 
 verbose = False
 """Whether Ray may be heard in this process; the command line's -v sets it."""
@@ -40,7 +40,7 @@ def connect(address: str | None) -> None:
             ray.init(address=address, **settings)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = address or "this machine"
-        raise RunError(f"no Ray session on {where}: {str(error).splitlines()[0]}") from error
+        raise RunError(f"no Ray session on {where}: {first_line(error)}") from error
     _quiet_data()
 
 

@@ -20,7 +20,7 @@ from engine.arrays import Floats, Ints
 from engine.blocks import Block
 from engine.canonical import canonical_norms, normalize, rows_at
 from engine.products import precision
-from engine.schema import BLOCK_ROWS, InputError
+from engine.schema import BLOCK_ROWS, InputError, first_line
 from engine.store import FeatureStore, labels_numpy, part_vectors, vector_counts, vectors_numpy
 
 RESTORE_TIMEOUT_S = 60.0
@@ -322,7 +322,7 @@ class RayShards:
         try:
             return ray.get(results)
         except (RayActorError, ObjectLostError) as error:
-            raise LostShardError(str(error).splitlines()[0]) from error
+            raise LostShardError(first_line(error)) from error
 
     def restore(self) -> None:
         """Start the actors that don't answer again; they read their blocks anew."""

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from engine.arrays import Ints
 from engine.folders import digest_of, publish, read_manifest, read_run
 from engine.places import Place
+from engine.retry import patiently
 from engine.schema import BLOCK_ROWS, InputError
 
 PATTERNS = "patterns"
@@ -50,6 +51,16 @@ def part_rows(num_rows: int) -> int:
     while rows * 2 * PARTS_WANTED <= num_rows and rows < BLOCK_ROWS:
         rows *= 2
     return rows
+
+
+def part_schema(file: Place) -> pa.Schema:
+    """Return a part's columns and metadata: only the end of its file is read."""
+
+    def end() -> pa.Schema:
+        with file.fs.open_input_file(file.path) as source:
+            return pa.ipc.open_file(source).schema
+
+    return patiently(end, file.uri, file.remote)
 
 
 def part_name(start: int) -> str:
@@ -158,9 +169,7 @@ class FeatureStore:
         """The names and types of a part's columns: read from the end of the first one."""
         if not self.manifest["parts"]:
             return pa.schema([])
-        place = self.place.at("parts", self.manifest["parts"][0]["name"])
-        with place.fs.open_input_file(place.path) as source:
-            return pa.ipc.open_file(source).schema.remove_metadata()
+        return part_schema(self.place.at("parts", self.manifest["parts"][0]["name"])).remove_metadata()
 
     @property
     def columns(self) -> list[str]:

@@ -74,7 +74,7 @@ def _folder_kind(place: Place, columns: Columns) -> str:
 def _detect(place: Place, columns: Columns) -> str:
     if hub.is_hub_name(place.uri):
         return "datasets"
-    if suffix_of(place.path) == ".tar" and tar.RANGE.search(place.path.rsplit("/", 1)[-1]):
+    if suffix_of(place.path) == ".tar" and tar.RANGE.search(place.name):
         return "tar"
     kind = place.kind()
     if kind == pafs.FileType.NotFound:
@@ -119,7 +119,7 @@ def read(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
 
 
 def _facts_place(place: Place) -> Place:
-    return place.folder.at(place.path.rsplit("/", 1)[-1].removesuffix(".arrow") + ".json")
+    return place.folder.at(place.name.removesuffix(".arrow") + ".json")
 
 
 def save_pool(pool: Pool, place: Place) -> None:

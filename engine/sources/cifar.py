@@ -45,7 +45,7 @@ CIFAR_TRAIN = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "
 def files_of(place: Place) -> list[str]:
     """Return the names of the batches a CIFAR pool consists of: those of a folder's training set, or the one file ('')."""
     if place.kind() == pafs.FileType.File:
-        return [""] if _is_cifar_name(place.path.rsplit("/", 1)[-1]) else []
+        return [""] if _is_cifar_name(place.name) else []
     names = sorted(name + ending for name in CIFAR_TRAIN for ending in ("", ".bin"))
     return [name for name in names if place.at(name).kind() == pafs.FileType.File]
 
@@ -60,7 +60,7 @@ def _cifar_batch(uri: str, stamped: tuple[int, int]) -> tuple[npt.NDArray[np.uin
     file = Place(uri)
     data = file.read()
     if file.path.endswith(".bin"):
-        label_bytes = 2 if file.path.rsplit("/", 1)[-1] in ("train.bin", "test.bin") else 1
+        label_bytes = 2 if file.name in ("train.bin", "test.bin") else 1
         width = label_bytes + 3 * CIFAR_SIDE_PX**2
         if not data or len(data) % width:
             raise InputError(f"{uri} has {len(data)} bytes, not a multiple of {width}: not a CIFAR binary batch")
@@ -106,7 +106,7 @@ def read(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
     for extent, low, high in extents(pool.listing, start, stop):
         file = place.at(extent["file"]) if extent["file"] else place
         images, labels = _cifar_batch(file.uri, stamp(file))
-        name = file.path.rsplit("/", 1)[-1]
+        name = file.name
         for at in range(low, high):
             row = extent["start"] + at
             yield Sample(row, f"{name}/{at}", f"{file.uri}#{at}", int(labels[at]), Image.fromarray(images[at]))

@@ -117,7 +117,7 @@ def _base(place: Place, images: list[dict[str, Any]], given: str | None) -> Plac
             raise InputError(f"--images {given!r} is not a folder")
         return base
     here = place.folder
-    places = [here, here.at("images"), here.at(place.path.rsplit("/", 1)[-1].removesuffix(".json"))]
+    places = [here, here.at("images"), here.at(place.name.removesuffix(".json"))]
     for image in images[:TRIED]:
         for base in places:
             if base.at(*image["file_name"].split("/")).exists():

@@ -13,13 +13,12 @@ import pyarrow as pa
 
 from engine.folders import digest_of
 from engine.places import Place
-from engine.schema import InputError
-from engine.sources.listing import ListingWriter, extents
+from engine.schema import InputError, first_line
+from engine.sources.listing import EXTENT, ListingWriter, extents
 from engine.sources.pool import Columns, Pool, Sample
 from engine.sources.rows import columns_read, samples, survey
 
 USES = frozenset(("image", "label", "id", "metadata", "split"))
-EXTENTS = pa.schema([("start", pa.int64()), ("count", pa.int64())])
 EXTENT_ROWS = 256
 BATCH_ROWS = 1024
 DEFAULT_SPLIT = "train"
@@ -60,7 +59,7 @@ def load(uri: str, split: str | None) -> Any:
         try:
             saved = datasets.load_from_disk(uri)
         except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
-            raise InputError(f"{uri} cannot be read as a saved data set: {str(error).splitlines()[0]}") from error
+            raise InputError(f"{uri} cannot be read as a saved data set: {first_line(error)}") from error
         if not isinstance(saved, datasets.DatasetDict):
             if split is not None:
                 raise InputError(f"--split {split!r}: {uri} is a single data set, without splits: leave it out")
@@ -69,7 +68,7 @@ def load(uri: str, split: str | None) -> Any:
     try:
         found = datasets.load_dataset(uri.removeprefix(HUB).strip("/"), split=split or DEFAULT_SPLIT)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise InputError(f"{uri} cannot be loaded from the hub: {reason}. Is the name right, and the hub reachable?") from error
     return found.with_format("arrow")
 
@@ -83,9 +82,9 @@ def _read_all(data: Any, names: list[str]) -> Iterator[pa.RecordBatch]:
 def list_pool(place: Place, columns: Columns) -> Pool:
     """List the rows of one split, a fixed number an extent."""
     data = load(place.uri, columns.split)
-    writer = ListingWriter(EXTENTS)
+    writer = ListingWriter(EXTENT)
     starts = list(range(0, len(data), EXTENT_ROWS))
-    writer.add(pa.table([starts, [min(EXTENT_ROWS, len(data) - start) for start in starts]], schema=EXTENTS))
+    writer.add(pa.table([starts, [min(EXTENT_ROWS, len(data) - start) for start in starts]], schema=EXTENT))
     schema = data.features.arrow_schema
     told = survey(functools.partial(_read_all, data), len(data), schema, columns, place.uri)
     # the library's own fingerprint of what a data set was made of

@@ -144,6 +144,10 @@ def _feed(found: Any, column: pa.Array) -> None:
             found.update(memoryview(text.buffers()[2])[offsets[0] : offsets[-1]])
 
 
+EXTENT = pa.schema([("start", pa.int64()), ("count", pa.int64())])
+"""What every row of a listing of extents says: its first pool row, and how many it has."""
+
+
 def extents(listing: Listing, start: int, stop: int) -> Iterator[tuple[dict[str, Any], int, int]]:
     """Yield (extent, low, high) for the extents of a container that hold pool rows [start, stop).
 

@@ -14,11 +14,10 @@ from PIL import Image
 from engine.folders import digest_of
 from engine.places import Place
 from engine.schema import InputError
-from engine.sources.listing import ListingWriter, extents
+from engine.sources.listing import EXTENT, ListingWriter, extents
 from engine.sources.pool import Columns, Pool, Sample, stamp
 
 USES: frozenset[str] = frozenset()
-EXTENT = pa.schema([("start", pa.int64()), ("count", pa.int64())])
 DIGITS = tuple("0123456789")
 
 
@@ -45,7 +44,7 @@ def list_pool(place: Place, columns: Columns) -> Pool:
     count = len(_load(place.uri, stamp(place))[1])
     writer = ListingWriter(EXTENT)
     writer.add(pa.table([[0], [count]], schema=EXTENT))
-    name = place.path.rsplit("/", 1)[-1]
+    name = place.name
     return Pool(place.uri, "svhn", count, digest_of([name, *stamp(place)]), DIGITS, {"name": name}, writer.finish())
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from engine.folders import CHUNK_BYTES
 from engine.places import Place
-from engine.schema import InputError
+from engine.schema import InputError, first_line
 
 BATCH_ROWS = 16_384
 STREAM_ROWS = 64
@@ -31,7 +31,7 @@ def suffix_of(path: str) -> str:
 
 
 def _unreadable(file: Place, error: Exception, what: str) -> InputError:
-    return InputError(f"{file.uri} cannot be read as {what}: {str(error).splitlines()[0]}")
+    return InputError(f"{file.uri} cannot be read as {what}: {first_line(error)}")
 
 
 def open_parquet(file: Place) -> pq.ParquetFile:
