@@ -3,6 +3,10 @@
 import gc
 import itertools
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -93,6 +97,38 @@ def test_a_writer_that_is_given_up_leaves_nothing(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+KILLED = """
+import os, signal, sys
+import pyarrow as pa
+from engine.sources.listing import ListingWriter
+listing = ListingWriter(pa.schema([("n", pa.int64())])).finish()
+print(os.path.basename(listing.place.path), flush=True)
+if sys.argv[1] == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files are locked by flock")
+def test_what_a_killed_run_left_is_swept_and_nothing_else(tmp_path, monkeypatch):
+    def run(how):
+        words = [sys.executable, "-c", KILLED, how]
+        given = {"env": {**os.environ, "TMPDIR": str(tmp_path)}, "cwd": Path(__file__).parents[1]}
+        return subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False, **given)
+
+    killed = run("kill")
+    assert killed.returncode == -signal.SIGKILL
+    assert os.listdir(tmp_path) == [killed.stdout.strip()]
+    others = tmp_path / "coresift-listing-link.arrow", tmp_path / "listing.arrow"
+    others[0].symlink_to(tmp_path / "listing.arrow")
+    others[1].write_bytes(b"not ours")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    alive = listing_of(0, 10)
+    assert {*os.listdir(tmp_path)} == {Path(alive.place.path).name, *(other.name for other in others)}
+    assert run("go on").returncode == 0
+    assert {*os.listdir(tmp_path)} == {Path(alive.place.path).name, *(other.name for other in others)}
+    assert alive.read(9, 10)["n"].to_pylist() == [9]
+
+
 def digest_of(column):
     writer = ListingWriter(pa.schema([("c", column.type)]))
     writer.add(pa.table([column], ["c"]))
@@ -165,6 +201,78 @@ def test_a_repeat_is_named_with_both_rows():
     names[29_999] = "17"
     with pytest.raises(InputError, match=r"'17' is the id of rows 17 and 29999"):
         ids.check_unique(lambda: [pa.array(names[:10_000]), pa.array(names[10_000:])], 30_000, "pool")
+
+
+@pytest.fixture
+def short_runs(monkeypatch, tmp_path):
+    """Hashes go to disk from the 65th on, in runs of 64; gives the folder of temporary files."""
+    monkeypatch.setattr(ids, "RUN_ROWS", 64)
+    monkeypatch.setattr(ids, "CHUNK_ROWS", 16)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+@given(st.lists(st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 2**63, 2**64 - 1]), max_size=300), st.integers(1, 50))
+@settings(max_examples=100, deadline=None)
+def test_hashes_on_disk_come_back_sorted(values, size):
+    wanted, found = np.array(values, np.uint64), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ids, "RUN_ROWS", 64)
+        with ids._Hashes(len(wanted)) as hashes:
+            for start in range(0, len(wanted), size):
+                hashes.add(wanted[start : start + size])
+            pieces = list(hashes.pieces())
+    found = np.concatenate(pieces)
+    assert np.array_equal(np.unique(found), np.unique(wanted))
+    assert np.array_equal(np.sort(found), found)
+    (distinct, there), (_, were) = np.unique(found, return_counts=True), np.unique(wanted, return_counts=True)
+    assert np.array_equal(there > 1, were > 1)
+    ends = [(piece[0], piece[-1]) for piece in pieces if len(piece)]
+    assert all(one[1] < other[0] for one, other in itertools.pairwise(ends))
+    assert len(distinct) == 0 or len(pieces) >= len(wanted) / 64
+
+
+@pytest.mark.parametrize(("at", "again"), [(0, 999), (17, 18), (63, 64), (500, 998)])
+def test_a_repeat_is_found_on_disk_too(short_runs, at, again):
+    names = [f"{i}" for i in range(1000)]
+    assert ids.names_rows(lambda: [pa.array(names)], 1000)
+    names[again] = names[at]
+    assert not ids.names_rows(lambda: [pa.array(names)], 1000)
+    with pytest.raises(InputError, match=f"'{at}' is the id of rows {at} and {again}"):
+        ids.check_unique(lambda: [pa.array(names)], 1000, "pool")
+    assert os.listdir(short_runs) == []
+
+
+def test_one_id_for_all_rows_takes_no_more_room_than_others(short_runs, monkeypatch):
+    sizes = []
+    pieces = ids._Hashes.pieces
+
+    def watched(self):
+        for piece in pieces(self):
+            sizes.append(len(piece))
+            yield piece
+
+    monkeypatch.setattr(ids._Hashes, "pieces", watched)
+    assert not ids.names_rows(lambda: itertools.repeat(pa.array(["a"] * 16), 500), 8000)
+    assert max(sizes) <= 2 * 8000 / 64
+
+
+def test_hashes_on_disk_go_with_an_error(short_runs, monkeypatch):
+    opened, new = [], ids.tempfile.TemporaryFile
+
+    def watched(**given):
+        opened.append(new(**given))
+        return opened[-1]
+
+    def read():
+        yield pa.array([f"{i}" for i in range(100)])
+        raise OSError("gone")
+
+    monkeypatch.setattr(ids.tempfile, "TemporaryFile", watched)
+    with pytest.raises(OSError, match="gone"):
+        ids.check_unique(read, 1000, "pool")
+    assert [file.closed for file in opened] == [True]
+    assert os.listdir(short_runs) == []
 
 
 def test_a_missing_id_is_named():

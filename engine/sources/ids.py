@@ -1,4 +1,4 @@
-"""Ids must be unique over the whole pool: found out with 8 bytes a row.
+"""Ids must be unique over the whole pool: found out with 8 bytes a row, in memory for small pools, else on disk.
 
 Every id becomes a 64-bit hash, a batch at a time; equal hashes make their ids suspects, and only suspects are compared
 as strings, in a second pass. Two different ids of 100 million share a hash about once in thirty pools, which costs that
@@ -7,6 +7,7 @@ pass and nothing else.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -21,6 +22,8 @@ Read = Callable[[], Iterable[pa.Array | pa.ChunkedArray]]
 SUSPECTS = 65_536
 """Sorted hashes that are compared at a time."""
 CHUNK_ROWS = 8192
+RUN_ROWS = 1 << 18
+"""Hashes that are sorted in memory at a time: 2 MiB."""
 
 
 def _keys(length: int) -> npt.NDArray[np.uint64]:
@@ -61,28 +64,90 @@ def _chunks(read: Read) -> Iterator[tuple[int, pa.Array]]:
                 row += len(piece)
 
 
-def _survey(read: Read, num_rows: int) -> tuple[npt.NDArray[np.uint64], int | None]:
-    """Return the hashes of all ids, and the first row without one; what comes after that row is not read."""
-    found = np.empty(num_rows, np.uint64)
+class _Hashes:
+    """The hashes of `num_rows` ids, given in any order and read again sorted, a piece at a time.
+
+    Up to RUN_ROWS stay in memory. More go to a temporary file without a name, which ends with the process: runs of
+    RUN_ROWS, each sorted. A piece is what all runs hold of a range of hashes, the ranges so many that a piece has about
+    RUN_ROWS: hashes of different ids spread evenly, and a run keeps no more than two of each.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        runs = max(1, -(-num_rows // RUN_ROWS))
+        bits = (runs - 1).bit_length()
+        self._borders = np.arange(1, 1 << bits, dtype=np.uint64) << np.uint64(64 - bits) if bits else np.empty(0, np.uint64)
+        self._file = tempfile.TemporaryFile(prefix="coresift-ids-") if bits else None
+        self._runs: list[tuple[int, npt.NDArray[np.int64]]] = []
+        self._held: list[npt.NDArray[np.uint64]] = []
+        self._num_held = self._num_written = 0
+
+    def __enter__(self) -> _Hashes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, some: npt.NDArray[np.uint64]) -> None:
+        """Take some hashes."""
+        self._held.append(some)
+        self._num_held += len(some)
+        if self._file is not None and self._num_held >= RUN_ROWS:
+            self._write()
+
+    def _sorted(self) -> npt.NDArray[np.uint64]:
+        """Return the hashes held, sorted, and hold none."""
+        some = np.concatenate([np.empty(0, np.uint64), *self._held])
+        self._held, self._num_held = [], 0
+        some.sort()
+        return some
+
+    def _write(self) -> None:
+        assert self._file is not None
+        run = self._sorted()
+        run = run[np.concatenate([np.ones(min(2, len(run)), bool), run[2:] != run[:-2]])]
+        self._file.write(run.data)
+        self._runs.append((self._num_written, np.searchsorted(run, self._borders).astype(np.int64)))
+        self._num_written += len(run)
+
+    def pieces(self) -> Iterator[npt.NDArray[np.uint64]]:
+        """Yield all hashes, ascending, those that are equal in one piece; of some that are there often, not every one."""
+        if self._file is None:
+            yield self._sorted()
+            return
+        if self._held:
+            self._write()
+        ends = [start for start, _ in self._runs[1:]] + [self._num_written]
+        for piece in range(len(self._borders) + 1):
+            for (start, borders), end in zip(self._runs, ends, strict=True):
+                low = start + (int(borders[piece - 1]) if piece else 0)
+                high = start + int(borders[piece]) if piece < len(borders) else end
+                self._file.seek(8 * low)
+                self._held.append(np.frombuffer(self._file.read(8 * (high - low)), np.uint64))
+            yield self._sorted()
+
+
+def _survey(read: Read, found: _Hashes) -> int | None:
+    """Give the hashes of all ids to `found`; return the first row without one: what comes after that row is not read."""
     for row, ids in _chunks(read):
         if ids.null_count:
-            return found, row + ids.is_null().to_pylist().index(True)
-        found[row : row + len(ids)] = hashes(ids)
-    return found, None
+            return row + int(ids.is_null().to_pylist().index(True))
+        found.add(hashes(ids))
+    return None
 
 
-def _suspects(found: npt.NDArray[np.uint64]) -> Iterator[npt.NDArray[np.uint64]]:
-    """Yield the hashes that occur more than once, sorted, some at a time; sorts `found` in place."""
-    found.sort()
-    for start in range(0, len(found), SUSPECTS):
-        some = found[start : start + SUSPECTS + 1]
-        repeated = np.unique(some[1:][some[1:] == some[:-1]])
-        if len(repeated):
-            yield repeated
+def _suspects(found: _Hashes) -> Iterator[npt.NDArray[np.uint64]]:
+    """Yield the hashes that occur more than once, sorted, some at a time."""
+    for piece in found.pieces():
+        for start in range(0, len(piece), SUSPECTS):
+            some = piece[start : start + SUSPECTS + 1]
+            repeated = np.unique(some[1:][some[1:] == some[:-1]])
+            if len(repeated):
+                yield repeated
 
 
-def _repeated(found: npt.NDArray[np.uint64], read: Read) -> tuple[str, int, int] | None:
-    """Return (id, row, row) of an id that occurs twice, or None. Sorts `found`, the hashes of what is read, in place."""
+def _repeated(found: _Hashes, read: Read) -> tuple[str, int, int] | None:
+    """Return (id, row, row) of an id that occurs twice, or None; `found` has the hashes of what is read."""
     for suspects in _suspects(found):
         seen: dict[str, int] = {}
         for row, ids in _chunks(read):
@@ -96,10 +161,11 @@ def _repeated(found: npt.NDArray[np.uint64], read: Read) -> tuple[str, int, int]
 
 def check_unique(read: Read, num_rows: int, uri: str) -> None:
     """Raise InputError where an id is missing or occurs twice; it names the row, or the id and both rows."""
-    found, missing = _survey(read, num_rows)
+    with _Hashes(num_rows) as found:
+        missing = _survey(read, found)
+        repeated = _repeated(found, read) if missing is None else None
     if missing is not None:
         raise InputError(f"{uri}: row {missing} has no id")
-    repeated = _repeated(found, read)
     if repeated is not None:
         name, row, again = repeated
         raise InputError(f"{uri}: ids must differ, and {name!r} is the id of rows {row} and {again}")
@@ -107,5 +173,5 @@ def check_unique(read: Read, num_rows: int, uri: str) -> None:
 
 def names_rows(read: Read, num_rows: int) -> bool:
     """Return whether what is read could be the ids of a pool: all there, and all different."""
-    found, missing = _survey(read, num_rows)
-    return missing is None and _repeated(found, read) is None
+    with _Hashes(num_rows) as found:
+        return _survey(read, found) is None and _repeated(found, read) is None

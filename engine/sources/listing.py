@@ -7,6 +7,8 @@ rest to a local temporary file; a reader touches only the batches that it is ask
 from __future__ import annotations
 
 import bisect
+import contextlib
+import functools
 import hashlib
 import os
 import tempfile
@@ -22,7 +24,12 @@ import pyarrow.fs as pafs
 
 from engine.places import Place
 
+if os.name == "posix":
+    import fcntl
+
 LISTING_ROWS = 8192
+PREFIX = "coresift-listing-"
+"""How the names of temporary listings begin."""
 WIDTHS = {8: pa.int8(), 16: pa.int16(), 32: pa.int32(), 64: pa.int64()}
 
 
@@ -71,9 +78,8 @@ class ListingWriter:
 
     def __init__(self, schema: pa.Schema) -> None:
         self.schema, self.num_rows = schema.remove_metadata(), 0
-        handle, self._path = tempfile.mkstemp(prefix="coresift-listing-", suffix=".arrow")
-        os.close(handle)
-        self._remove = weakref.finalize(self, _unlink, self._path)
+        self._path, self._lock = _new_file()
+        self._remove = weakref.finalize(self, _drop, self._path, self._lock)
         self._file = pa.ipc.new_file(self._path, self.schema)
         self._hash = hashlib.sha256(str(self.schema).encode())
         self._waiting: list[pa.RecordBatch] = []
@@ -109,13 +115,47 @@ class ListingWriter:
         self._file.close()
         listing = Listing(Place(self._path), self.num_rows, self._hash.hexdigest())
         self._remove.detach()
-        weakref.finalize(listing, _unlink, self._path)
+        weakref.finalize(listing, _drop, self._path, self._lock)
         return listing
 
 
-def _unlink(path: str) -> None:
+def _new_file() -> tuple[str, int]:
+    """Return a new temporary file, and a descriptor of it: its lock ends with the process, however that ends."""
+    _sweep(tempfile.gettempdir())
+    while True:
+        handle, path = tempfile.mkstemp(prefix=PREFIX, suffix=".arrow")
+        if os.name == "posix":
+            with contextlib.suppress(OSError):  # a file system without locks: nobody else gets one there either
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:  # else a sweep came between
+            return path, handle
+        os.close(handle)
+
+
+@functools.cache
+def _sweep(folder: str) -> None:
+    """Remove the listings that killed runs left in a folder, once a process.
+
+    They are those that nobody has a lock on: a process's number may be another's by now, or of another container.
+    """
+    if os.name != "posix":
+        return
+    with os.scandir(folder) as entries:
+        left = [entry.path for entry in entries if entry.name.startswith(PREFIX) and entry.is_file(follow_symlinks=False)]
+    for path in left:
+        with contextlib.suppress(OSError):  # of a run that goes on, of another user, or gone by now
+            handle = os.open(path, os.O_RDWR)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(path)
+            finally:
+                os.close(handle)
+
+
+def _drop(path: str, handle: int) -> None:
     if os.path.exists(path):
         os.unlink(path)
+    os.close(handle)
 
 
 def _feed(found: Any, column: pa.Array) -> None:

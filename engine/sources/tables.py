@@ -34,10 +34,14 @@ def _unreadable(file: Place, error: Exception, what: str) -> InputError:
     return InputError(f"{file.uri} cannot be read as {what}: {first_line(error)}")
 
 
-def open_parquet(file: Place) -> pq.ParquetFile:
-    """Open a Parquet file to be read a page at a time, not a column of a row group; raises InputError where it is none."""
+def open_parquet(file: Place, ahead: bool = False) -> pq.ParquetFile:
+    """Open a Parquet file to be read a page at a time; raises InputError where it is none.
+
+    `ahead` fetches the columns of a row group at once, and keeps all that it has fetched until the file is closed: for
+    what is read whole.
+    """
     try:
-        return pq.ParquetFile(file.path, filesystem=file.fs, buffer_size=CHUNK_BYTES)
+        return pq.ParquetFile(file.path, filesystem=file.fs, buffer_size=CHUNK_BYTES, pre_buffer=ahead)
     except (pa.ArrowInvalid, OSError) as error:
         raise _unreadable(file, error, "Parquet") from error
 
@@ -172,7 +176,7 @@ def read_extent(file: Place, index: int, columns: list[str], most_bytes: int) ->
     """Return some columns of a row group or record batch; None for a row group of more bytes, before compression."""
     if suffix_of(file.path) in ARROW:
         return pa.Table.from_batches([open_arrow(file, columns).get_batch(index)]).select(columns)
-    with open_parquet(file) as parquet:
+    with open_parquet(file, ahead=True) as parquet:
         if parquet.metadata.row_group(index).total_byte_size > most_bytes:
             return None
         return parquet.read_row_group(index, columns=columns)
