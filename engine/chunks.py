@@ -96,7 +96,7 @@ def open_listing(recipe: Recipe) -> Pool:
     return _pool(recipe.listing, recipe.digest)
 
 
-def _samples(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
+def pool_samples(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
     """Yield the samples of pool rows [start, stop); go on at the same row where an object store was away for a while.
 
     What happens to single files is the source's business: this is for containers. Raises RunError where a container
@@ -142,7 +142,7 @@ def _decoded(sample: Sample, recipe: Recipe) -> tuple[Item, list[Pixels]]:
 def decode_chunk(recipe: Recipe, start: int, stop: int) -> Chunk:
     """Return the chunk of pool rows [start, stop), read and decoded here."""
     chunk, stacks = Chunk(), [list[Pixels]() for _ in recipe.inputs]
-    samples, began = _samples(open_listing(recipe), start, stop), time.perf_counter()
+    samples, began = pool_samples(open_listing(recipe), start, stop), time.perf_counter()
     for sample in samples:
         given = time.perf_counter()
         item, pixels = _decoded(sample, recipe)

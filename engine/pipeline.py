@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,13 +17,14 @@ import numpy.typing as npt
 
 from engine import session
 from engine.backbones import NO_FILE
-from engine.chunks import Chunk, Decoder, Inline, Item, OnTasks, OnThreads, Recipe, chunk_rows, open_listing
+from engine.chunks import Chunk, Decoder, Inline, Item, OnTasks, OnThreads, Recipe, chunk_rows, open_listing, pool_samples
 from engine.encoders import Encoder, build_encoders
 from engine.inputs import Pixels
 from engine.parts import part_table, write_part
 from engine.places import Place
 from engine.schema import InputError, RunError, parse_decode_workers, parse_workers
-from engine.sources.pool import NO_SUCH_FILE, UNREADABLE
+from engine.sources.pool import NO_SUCH_FILE, UNREADABLE, Sample
+from engine.store import MIN_PART_ROWS
 from engine.verbs import EmbedOptions
 
 DEFAULT_BATCH = {"cpu": 16, "cuda": 256}
@@ -136,7 +137,8 @@ class PartEncoder:
         made.finish(inputs)
         done = time.perf_counter()
         spent["encode_s"] += done - began
-        check_readable(made.items, self.pool.uri)
+        before = range(max(0, todo.stop - MIN_PART_ROWS), todo.start)
+        check_readable(made.items, self.pool.uri, pool_samples(self.pool, before.start, before.stop) if before else ())
         entries = {name: self._write(todo, name, encoder, made) for name, encoder in encoders.items()}
         spent["write_s"] = time.perf_counter() - done
         return {"start": todo.start, "stop": todo.stop, "stores": entries, "spent": spent}
@@ -189,16 +191,22 @@ class _Made:
                 self.vectors[name] += found[:count] if isinstance(found, list) else [found[:count]]
 
 
-def check_readable(items: Sequence[Item], pool: str) -> None:
+def _is_refused(reason: str | None) -> bool:
+    """Return whether the filesystem did not give an image that may well be there."""
+    return reason is not None and reason.startswith(UNREADABLE) and reason != NO_SUCH_FILE
+
+
+def check_readable(items: Sequence[Item], pool: str, before: Iterable[Sample] = ()) -> None:
     """Raise RunError where the filesystem gave not one image of a part: that is not the images' fault.
 
-    Files that are not there are: they are rejected, however many.
+    The images of a last part may be too few to tell: then those `before` them are tried, until there is one that is
+    given. Files that are not there are the images' fault: they are rejected, however many.
     """
-    refused = [item.reason for item in items if item.reason and item.reason.startswith(UNREADABLE)]
-    if len(refused) == len(items) and NO_SUCH_FILE not in refused:
+    if all(_is_refused(item.reason) for item in items) and all(_is_refused(sample.error) for sample in before):
+        first = str(items[0].reason)[len(UNREADABLE) :]
         raise RunError(
-            f"none of rows {items[0].row} to {items[-1].row} of pool {pool!r} can be read, the first one: "
-            f"{refused[0][len(UNREADABLE) :]}. Finished parts are kept: run the same command again once the pool can be read"
+            f"none of rows {items[0].row} to {items[-1].row} of pool {pool!r} can be read, the first one: {first}. "
+            "Finished parts are kept: run the same command again once the pool can be read"
         )
 
 

@@ -174,6 +174,50 @@ def test_a_part_of_which_nothing_can_be_read_ends_the_run(tmp_path, pool, monkey
     assert run(pool, tmp_path / "out", max_rejected="100%")["num_rejected"] == 0
 
 
+@pytest.mark.parametrize("count", [1, 22])
+def test_a_short_last_part_that_is_refused_is_rejected_where_the_pool_is_there(tmp_path, pool, monkeypatch, count):
+    """The last of 129 images, and the last 22 of 150: the ones before them are given, so these are bad by themselves."""
+    num_images, read, tried = 128 + count, Place.read, []
+    for value in range(num_images, 150):
+        (pool / f"{value:03d}.png").unlink()
+
+    def refused(self):
+        if self.path.endswith(".png"):
+            tried.append(int(self.path[-7:-4]))
+            if tried[-1] >= 128:
+                raise OSError(DENIED)
+        return read(self)
+
+    monkeypatch.setattr(Place, "read", refused)
+    assert run(pool, tmp_path / "out", max_rejected="20%")["num_rejected"] == count
+    assert tried == [*range(num_images), num_images - 64]
+    reasons = pq.read_table(tmp_path / "out" / "rejected.parquet")["reason"].to_pylist()
+    assert reasons == [f"cannot be read: {DENIED}"] * count
+    with pytest.raises(RunError, match=rf"{count} of {num_images} images are bad, above --max-rejected 0"):
+        run(pool, tmp_path / "none", max_rejected="0")
+
+
+def test_a_short_last_part_that_is_refused_with_all_before_it_ends_the_run(tmp_path, pool, monkeypatch):
+    """The pool is locked once its first two parts are there: the 22 images of the last one are not to blame."""
+    read, locked = Place.read, []
+
+    def refused(self):
+        if self.path.endswith(".png") and locked:
+            raise OSError(DENIED)
+        return read(self)
+
+    def progress(stage, done, total, note):
+        if done == 128:
+            locked.append(done)
+
+    monkeypatch.setattr(Place, "read", refused)
+    options = EmbedOptions(pool=str(pool), out=str(tmp_path / "out"), encoder="pixels", workers=0, max_rejected="100%")
+    with pytest.raises(RunError, match=r"none of rows 128 to 149 of pool .*ACCESS_DENIED"):
+        embed(options, progress)
+    locked.clear()
+    assert embed(options)["num_rejected"] == 0
+
+
 def test_one_image_that_cannot_be_read_is_rejected(tmp_path, pool, monkeypatch):
     read = Place.read
 
