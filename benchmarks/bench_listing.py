@@ -1,11 +1,12 @@
 """Does the memory of listing a pool stay flat while the pool grows?
 
-    python benchmarks/bench_listing.py [--rows 1,2,5] [--files 1000] [--ids]
+    python benchmarks/bench_listing.py [--rows 1,2,5,10] [--files 1000] [--ids] [--embed WORKERS]
 
 Makes a Parquet list of so many million URIs that point at the same few files, with a label and two columns of metadata
 (and ids of its own with --ids; without, the URIs are found not to be ids). Each size is opened and saved in a process of
-its own. Memory is the peak of that process's anonymous memory, sampled, less what it has once everything is imported; it
-holds 8 bytes a row while ids are compared. Mapped files are not counted.
+its own. With --embed it is embedded instead, by the `pixels` encoder, in that process (0) or on so many actors of Ray.
+Memory is the peak of that process's anonymous and shared memory, sampled, less what it has once everything is imported.
+Mapped files are not counted, nor are Ray's processes and actors.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bench_scale import memory_bytes
 from data import machine
+from PIL import Image
 
 WRITE_ROWS = 200_000
+LISTED = ("rows", "open_s", "rows_per_s", "save_s", "listing_mib", "peak_mib")
+DIGITS = {"open_s": 1, "embed_s": 1, "save_s": 2}
 RUN = """
 import json, os, sys, time
 from engine.places import Place
@@ -39,10 +41,31 @@ place = Place(sys.argv[2])
 save_pool(pool, place)
 saved = time.perf_counter()
 last = list(read(load_pool(place), pool.num_rows - 64, pool.num_rows))
-size = os.path.getsize(place.path)
+size = os.path.getsize(place.path) / 2**20
 facts = {"rows": pool.num_rows, "open_s": opened - began, "save_s": saved - opened, "last_64_s": time.perf_counter() - saved}
-print(json.dumps({**facts, "listing_bytes": size, "id": pool.detail["id"], "last": last[-1].row}))
+print(json.dumps({**facts, "listing_mib": size, "id": pool.detail["id"], "last": last[-1].row}))
 """
+EMBED = """
+import json, sys, time
+import ray.data, torch
+from engine.embed import embed
+from engine.verbs import EmbedOptions
+print("ready", flush=True)
+sys.stdin.readline()
+began = time.perf_counter()
+found = embed(EmbedOptions(pool=sys.argv[1], out=sys.argv[2], encoder="pixels", workers=sys.argv[3]))
+seconds = time.perf_counter() - began
+print(json.dumps({"rows": found["num_rows"], "embed_s": seconds, "parts": len(found["parts"])}))
+"""
+
+
+def memory_bytes(pid: int) -> int:
+    """Return the anonymous and shared memory of a process, without its children."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except FileNotFoundError:
+        return 0
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem")))
 
 
 def write_list(file: Path, rows: int, images: list[str], ids: bool) -> None:
@@ -60,57 +83,54 @@ def write_list(file: Path, rows: int, images: list[str], ids: bool) -> None:
             writer.write_table(pa.table(columns, schema=schema))
 
 
-def run(file: Path, out: Path) -> dict[str, float]:
-    """Open a list in a fresh process; return its times and the peak of its memory."""
-    command = [sys.executable, "-c", RUN, str(file), str(out)]
+def run(program: str, *words: str) -> dict[str, float]:
+    """Open or embed a list in a fresh process; return its times and the peak of its memory."""
+    command = [sys.executable, "-c", program, *words]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdout.readline()
-    watched = psutil.Process(process.pid)
-    start = peak = memory_bytes(watched)
+    start = peak = memory_bytes(process.pid)
     process.stdin.write("go\n")
     process.stdin.flush()
     while process.poll() is None:
-        peak = max(peak, memory_bytes(watched))
+        peak = max(peak, memory_bytes(process.pid))
         time.sleep(0.02)
     if process.returncode:
-        raise SystemExit(f"listing {file} failed")
-    facts = json.loads(process.stdout.read())
-    rate = facts["rows"] / facts["open_s"]
+        raise SystemExit(f"the run on {words[0]} failed")
+    facts = json.loads(process.stdout.read().splitlines()[-1])
+    rate = facts["rows"] / (facts.get("open_s") or facts["embed_s"])
     return {**facts, "rows_per_s": rate, "imported_mib": start / 2**20, "peak_mib": (peak - start) / 2**20}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", default="1,2,5", help="millions")
+    parser.add_argument("--rows", default="1,2,5,10", help="millions")
     parser.add_argument("--files", type=int, default=1000)
     parser.add_argument("--ids", action="store_true")
+    parser.add_argument("--embed", metavar="WORKERS")
     given = parser.parse_args()
     print(f"a Parquet list, {machine()}")
-    print(
-        f"{'rows':>12}{'open s':>9}{'rows/s':>11}{'save s':>9}{'listing MiB':>13}{'peak MiB':>10}{'bytes/row':>11}", flush=True
-    )
+    shown = ("rows", "embed_s", "rows_per_s", "parts", "peak_mib") if given.embed else LISTED
+    print("".join(f"{name:>13}" for name in shown), flush=True)
     results = []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "images"
         place.mkdir()
         images = [str(place / f"{i:06d}.png") for i in range(given.files)]
         for image in images:
-            Path(image).write_bytes(b"not decoded here")
+            Image.new("L", (16, 16)).save(image)
         for size in given.rows.split(","):
             rows = int(float(size) * 1e6)
             file = Path(folder) / f"{size}.parquet"
             write_list(file, rows, images, given.ids)
-            found = run(file, Path(folder) / "pool.arrow")
+            out = str(Path(folder) / f"{size}.out")
+            found = run(EMBED, str(file), out, given.embed) if given.embed else run(RUN, str(file), out)
             file.unlink()
             results.append(found)
-            print(
-                f"{rows:>12,}{found['open_s']:>9.1f}{found['rows_per_s']:>11,.0f}{found['save_s']:>9.2f}"
-                f"{found['listing_bytes'] / 2**20:>13.0f}{found['peak_mib']:>10.0f}{found['peak_mib'] * 2**20 / rows:>11.1f}",
-                flush=True,
-            )
-    print(json.dumps({"results": results, "ids": given.ids, "machine": machine()}, sort_keys=True))
+            print("".join(f"{found[name]:>13,.{DIGITS.get(name, 0)}f}" for name in shown), flush=True)
+    facts = {"ids": given.ids, "embed": given.embed, "machine": machine()}
+    print(json.dumps({"results": results, **facts}, sort_keys=True))
 
 
 if __name__ == "__main__":

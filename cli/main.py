@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-import traceback
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -301,10 +300,10 @@ def run(arguments: list[str]) -> int:
             return 2
         known = _known(failure)
         if known is None:
-            traceback.print_exc()
+            output.stack()
             return 1
         if {"-v", "--verbose"} & set(arguments):
-            traceback.print_exc()
+            output.stack()
         output.error(str(known))
         return 2 if isinstance(known, InputError) else 1
 

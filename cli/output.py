@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import time
+import traceback
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+
+from engine.masks import masked
 
 SHOW_AFTER_S = 2.0
 LINE_EVERY_S = 10.0
@@ -87,17 +90,22 @@ class Watcher:
 
 def print_json(result: dict[str, Any]) -> None:
     """Print one machine-readable line on stdout."""
-    sys.stdout.write(json.dumps(result, sort_keys=True, ensure_ascii=False) + "\n")
+    sys.stdout.write(masked(json.dumps(result, sort_keys=True, ensure_ascii=False)) + "\n")
 
 
 def error(message: str) -> None:
     """Print one line on stderr."""
-    Console(stderr=True, soft_wrap=True).print(Text(f"error: {' '.join(message.split())}", style="red"))
+    Console(stderr=True, soft_wrap=True).print(Text(f"error: {masked(' '.join(message.split()))}", style="red"))
 
 
 def say(text: str) -> None:
     """Print a result for a person, on stdout."""
-    Console(soft_wrap=True).print(Text(text))
+    Console(soft_wrap=True).print(Text(masked(text)))
+
+
+def stack() -> None:
+    """Print where the error that is being handled came from, on stderr."""
+    sys.stderr.write(masked(traceback.format_exc()))
 
 
 DISTANCES = ("mean_distance", "covering_radius", "emd")
@@ -110,11 +118,11 @@ def digits_of(metric: str) -> int:
 
 def table(title: str, header: list[str], rows: list[list[str]], figures: int = 1_000_000) -> None:
     """Print a table on stdout; after the first column, `figures` columns are figures and set to the right."""
-    grid = Table(title=Text(title), title_justify="left", title_style="bold")
+    grid = Table(title=Text(masked(title)), title_justify="left", title_style="bold")
     for index, name in enumerate(header):
         grid.add_column(name, justify="right" if 0 < index <= figures else "left", no_wrap=index == 0)
     for row in rows:
-        grid.add_row(*(Text(cell) for cell in row))
+        grid.add_row(*(Text(masked(cell)) for cell in row))
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -38,13 +38,17 @@ TASK_RETRIES = 3
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decoding needs to know: where the pool is listed, and what the encoders take."""
+    """What decoding needs to know: where the pool is listed, and what the encoders take.
 
-    listing: str
+    `addresses` are those of the pool, with any keys: its facts beside the listing lack them.
+    """
+
+    listing: str = field(repr=False)
     digest: str
     inputs: tuple[Input, ...]
     max_pixels: int
     draft: bool
+    addresses: tuple[str, str] | None = field(default=None, repr=False)
 
     @property
     def draft_px(self) -> int | None:
@@ -86,14 +90,15 @@ def chunk_rows(batch: int, inputs: Iterable[Input]) -> int:
 
 
 @functools.lru_cache(maxsize=2)
-def _pool(listing: str, digest: str) -> Pool:
+def _pool(listing: str, digest: str, addresses: tuple[str, str] | None) -> Pool:
     """Return the pool that is listed at a place; `digest` tells it from one that stood there before."""
-    return load_pool(Place(listing))
+    pool = load_pool(Place(listing))
+    return replace(pool, address=addresses[0], base=addresses[1]) if addresses else pool
 
 
 def open_listing(recipe: Recipe) -> Pool:
     """Return the pool that a recipe is for, loaded once a process."""
-    return _pool(recipe.listing, recipe.digest)
+    return _pool(recipe.listing, recipe.digest, recipe.addresses)
 
 
 def pool_samples(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
@@ -111,7 +116,7 @@ def pool_samples(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
             return
         except (OSError, InputError) as error:
             cause = error if isinstance(error, OSError) else error.__cause__
-            passing = Place(pool.uri).remote and isinstance(cause, OSError) and not is_final(cause)
+            passing = Place(pool.address).remote and isinstance(cause, OSError) and not is_final(cause)
             if not passing or tries == len(WAITS_S):
                 raise RunError(
                     f"row {at} of pool {pool.uri!r} cannot be read: {first_line(error)}. Finished parts are kept: run the "

@@ -44,8 +44,8 @@ def demo(options: DemoOptions, progress: Progress = no_progress) -> dict[str, An
     for split in ("pool", "test"):
         embed(
             EmbedOptions(
-                pool=out.at("images", split).uri,
-                out=out.at("features", split).uri,
+                pool=out.at("images", split).address,
+                out=out.at("features", split).address,
                 encoder="pixels",
                 workers=options.workers,
                 address=options.address,
@@ -56,9 +56,9 @@ def demo(options: DemoOptions, progress: Progress = no_progress) -> dict[str, An
     label_free = tuple(name for name, strategy in STRATEGIES.items() if not strategy.columns)
     return compare(
         CompareOptions(
-            features=out.at("features", "pool").uri,
-            test=out.at("features", "test").uri,
-            out=out.at("compare").uri,
+            features=out.at("features", "pool").address,
+            test=out.at("features", "test").address,
+            out=out.at("compare").address,
             strategies=label_free,
             budget=BUDGETS,
             seeds=SEEDS,

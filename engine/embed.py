@@ -141,7 +141,8 @@ def _encode_missing(options: EmbedOptions, stores: Sequence[Store], pool: Pool, 
         before = time.perf_counter()
         session.connect(options.address)
         connected = time.perf_counter() - before
-    where = Stores(stores[0].place.at(LISTING).absolute, pool.digest, {store.name: store.place.absolute for store in stores})
+    places = {store.name: store.place.absolute for store in stores}
+    where = Stores(stores[0].place.at(LISTING).absolute, pool.digest, places, pool.addresses)
     for part in (in_process if here else on_ray)(options, where, todo) if todo else ():
         for name, entry in part["stores"].items():
             by_name[name].entries[entry["start"]] = entry

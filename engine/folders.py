@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from engine import __version__
+from engine.masks import masked
 from engine.places import Place
 from engine.retry import patiently
 from engine.schema import InputError
@@ -30,8 +31,8 @@ CHUNK_BYTES = 1 << 22
 
 
 def to_json(value: Any) -> bytes:
-    """Return canonical JSON: sorted keys, tuples as lists, two-space indent, a final newline."""
-    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode()
+    """Return canonical JSON: sorted keys, tuples as lists, two-space indent, a final newline; no keys of URIs."""
+    return (masked(json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False)) + "\n").encode()
 
 
 def digest_of(value: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -43,11 +43,15 @@ class Todo:
 
 @dataclass(frozen=True)
 class Stores:
-    """Where a run reads its listing and writes: encoder -> place of its feature store."""
+    """Where a run reads its listing and writes: encoder -> place of its feature store; and its pool's `addresses`.
 
-    listing: str
+    All with any keys: this travels from process to process, and is never written.
+    """
+
+    listing: str = field(repr=False)
     digest: str
-    places: Mapping[str, str]
+    places: Mapping[str, str] = field(repr=False)
+    addresses: tuple[str, str] | None = field(default=None, repr=False)
 
 
 class Batches:
@@ -91,7 +95,7 @@ class PartEncoder:
         self.encoders = build_encoders(options, device)
         self.batch = options.batch_size or DEFAULT_BATCH[device]
         inputs = tuple(dict.fromkeys(encoder.input for encoder in self.encoders.values()))
-        self.recipe = Recipe(stores.listing, stores.digest, inputs, options.max_pixels, options.draft)
+        self.recipe = Recipe(stores.listing, stores.digest, inputs, options.max_pixels, options.draft, stores.addresses)
         self.pool = open_listing(self.recipe)
         ahead = device == "cuda" or threads > 1
         self.decoder: Decoder = OnTasks(decode_tasks) if decode_tasks else OnThreads(threads) if ahead else Inline()

@@ -12,8 +12,10 @@ from functools import cached_property
 from urllib.parse import quote, unquote
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
+from engine.masks import MAY_HAVE_KEYS, masked
 from engine.retry import WEB, patiently
 from engine.schema import InputError
 
@@ -66,16 +68,32 @@ def _read_fsspec(fs: pafs.PyFileSystem, path: str) -> bytes:
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
+def masked_column(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Return a column of URIs or paths without the keys in them: itself where it has none."""
+    texts = column.cast(pa.string())
+    if not pc.any(pc.match_substring_regex(texts, MAY_HAVE_KEYS)).as_py():
+        return column
+    return pa.array([None if text is None else masked(text) for text in texts.to_pylist()], pa.string())
+
+
 @dataclass(frozen=True)
 class Place:
-    """A folder or file on some filesystem; `uri` is how the user named it."""
+    """A folder or file on some filesystem; `address` is how the user named it, with any keys: for opening it alone."""
 
-    uri: str
+    address: str
+
+    @cached_property
+    def uri(self) -> str:
+        """Its name for people and files, without keys."""
+        return masked(self.address)
+
+    def __repr__(self) -> str:
+        return f"Place({self.uri!r})"
 
     @cached_property
     def opened(self) -> tuple[pafs.FileSystem, str]:
         """The filesystem, and the path on it."""
-        return open_filesystem(self.uri)
+        return open_filesystem(self.address)
 
     @property
     def fs(self) -> pafs.FileSystem:
@@ -89,8 +107,8 @@ class Place:
 
     @property
     def absolute(self) -> str:
-        """The name under which a worker with another working directory finds this place."""
-        return self.path if isinstance(self.fs, pafs.LocalFileSystem) else self.uri
+        """The address under which a worker with another working directory finds this place."""
+        return self.path if isinstance(self.fs, pafs.LocalFileSystem) else self.address
 
     @property
     def remote(self) -> bool:
@@ -99,11 +117,11 @@ class Place:
 
     @property
     def _split(self) -> tuple[str, str]:
-        """The URI before the `?`, and from there on; a web address's query, and a local path's `?`, belong to the name."""
-        scheme, mark, _ = self.uri.partition("://")
+        """The address before the `?`, and from there on; a web address's query, and a local path's `?`, belong to the name."""
+        scheme, mark, _ = self.address.partition("://")
         if not mark or scheme in WEB:
-            return self.uri, ""
-        head, mark, query = self.uri.partition("?")
+            return self.address, ""
+        head, mark, query = self.address.partition("?")
         return head, mark + query
 
     def at(self, *names: str) -> Place:
@@ -112,9 +130,9 @@ class Place:
         Below a URI it shares this one's filesystem: an object store's client is slow to make. What follows the `?` of a
         URI (endpoint_override, scheme, region) stays at its end.
         """
-        if "://" not in self.uri:
-            return Place("/".join([self.uri.rstrip("/"), *names]))
-        on_web = self.uri.split("://")[0] in WEB
+        if "://" not in self.address:
+            return Place("/".join([self.address.rstrip("/"), *names]))
+        on_web = self.address.split("://")[0] in WEB
         quoted = [quote(name) for name in names]
         head, rest = self._split
         below = Place("/".join([head.rstrip("/"), *quoted]) + rest)

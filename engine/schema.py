@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any, TypeVar
 
+from engine.masks import masked
+
 T = TypeVar("T")
 
 BLOCK_ROWS = 8192
@@ -29,14 +31,20 @@ Progress = Callable[[str, int, int, str], None]
 class InputError(ValueError):
     """The caller gave something that cannot be used: the message names the value and the way out (exit code 2)."""
 
+    def __init__(self, message: str = "") -> None:
+        super().__init__(masked(message))
+
 
 class RunError(RuntimeError):
     """The input was fine and the work failed: the message says what failed and what is kept (exit code 1)."""
 
+    def __init__(self, message: str = "") -> None:
+        super().__init__(masked(message))
+
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its class where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Return the first line of an error's text, without keys, or its class where it has none."""
+    return masked((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def no_progress(stage: str, done: int, total: int, note: str) -> None:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 WALL = 400
 
 FLOORS = [
-    {"engine"},
+    {"engine", "engine.masks"},
     {"engine.schema", "engine.arrays"},
     {"engine.verbs", "engine.decode", "engine.canonical", "engine.draws", "engine.products", "engine.retry", "engine.phash"},
     {"engine.nearest", "engine.blocks", "engine.places", "engine.session"},
@@ -48,7 +48,17 @@ ONLY_THERE = {
 }
 """Libraries that a few rooms know and no others."""
 
-LIGHT = {"engine", "engine.schema", "engine.verbs", "cli", "cli.main", "cli.options", "cli.output", "cli.__main__"}
+LIGHT = {
+    "engine",
+    "engine.masks",
+    "engine.schema",
+    "engine.verbs",
+    "cli",
+    "cli.main",
+    "cli.options",
+    "cli.output",
+    "cli.__main__",
+}
 """What `coresift --help` loads."""
 
 

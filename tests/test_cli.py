@@ -121,6 +121,24 @@ def test_embed(world, tmp_path, capsys):
     assert f"{tmp_path}/out: " in capsys.readouterr().out
 
 
+def test_keys_of_an_address_are_not_shown(world, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.eye(3, dtype=np.float32))
+    made = ["import", str(tmp_path / "x.npy"), "--out", "memory://k:SECRET@out"]
+    for arguments in ([*made, "--json"], made, ["info", "memory://k:SECRET@out"], ["info", "memory://k:SECRET@out", "--json"]):
+        capsys.readouterr()
+        assert run(arguments) == 0
+        shown = capsys.readouterr()
+        assert "memory://***@out" in shown.out
+        assert "SECRET" not in shown.out + shown.err
+    for flags in ([], ["-v"]):
+        capsys.readouterr()
+        assert run(["embed", "s3://k:SECRET@b x/y", "--encoder", "pixels", "--out", str(tmp_path / "out"), *flags]) == 2
+        shown = capsys.readouterr()
+        assert "error: cannot open 's3://***@b x/y'" in shown.err
+        assert ("Traceback" in shown.err) == bool(flags)
+        assert "SECRET" not in shown.out + shown.err
+
+
 def test_embed_with_several_encoders(world, tmp_path, capsys):
     network = "--backbone test_resnet --weights random --image-size 32"
     line = words(f"embed {{w}}/images --encoder pixels,embedding {network} --workers 0 --out {{t}}/out", world, tmp_path)

@@ -44,8 +44,8 @@ class Bucket:
         )
         self.fs.create_dir("bucket")
 
-    def uri(self, path):
-        return f"s3://key:secret@bucket/{path}?endpoint_override=127.0.0.1:{self.port}&scheme=http&region=us-east-1"
+    def uri(self, path, keys="key:secret"):
+        return f"s3://{keys}@bucket/{path}?endpoint_override=127.0.0.1:{self.port}&scheme=http&region=us-east-1"
 
     def stop(self):
         self.server.stop()
@@ -104,6 +104,51 @@ def test_a_pool_and_its_features_may_be_in_a_bucket(bucket, pool, whole):
     assert verify(bucket.uri("both/pixels"))["bad"] == []
     assert list(describe(out)["stores"]) == ["embedding", "pixels"]
     assert embed_all(options(bucket.uri("pool"), out, encoder="pixels,embedding", **network)) == manifests
+
+
+def contents(folder):
+    """What stands in a folder of a bucket, each file as text."""
+    place = Place(folder)
+    infos = place.fs.get_file_info(pafs.FileSelector(place.path, recursive=True))
+    files = [info.path for info in infos if info.type == pafs.FileType.File]
+    return {path: place.fs.open_input_stream(path).read().decode("latin-1") for path in files}
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_keys_are_written_nowhere_and_decide_nothing(bucket, pool, whole, request, workers):
+    """A pool with a bad image, by actors that read and write the bucket: they get the keys, and no file does."""
+    if workers:
+        request.getfixturevalue("ray_session")
+    for row in (0, 149):
+        with bucket.fs.open_output_stream(f"bucket/keys-{workers}/{row}.png") as stream:
+            stream.write((pool / "a" / "000 é.png").read_bytes() if row else b"words")
+    given, out = {"workers": workers, "max_rejected": "1"}, bucket.uri(f"keys-out-{workers}")
+    manifest = embed(options(bucket.uri(f"keys-{workers}"), out, **given))
+    assert (manifest["num_vectors"], manifest["num_rejected"]) == (1, 1)
+    assert manifest["pool"]["uri"].startswith(f"s3://***@bucket/keys-{workers}?endpoint_override=")
+    written = contents(out)
+    assert {path.rsplit("/", 1)[-1] for path in written} >= {"manifest.json", "run.json", "pool.json", "rejected.parquet"}
+    assert not [path for path, text in written.items() if "secret" in text]
+    others = bucket.uri(f"keys-{workers}", "other:words"), bucket.uri(f"keys-out-{workers}", "other:words")
+    assert embed(options(*others, **given)) == manifest
+
+
+def test_keys_in_the_rows_of_a_list_are_in_no_id_and_decide_nothing(bucket, pool, whole, tmp_path):
+    """Each row has keys of its own: they open the images, and stand only in the list and its copy for the workers."""
+    names = [f"{'a' if row < 100 else 'b'}/{row:03d} é.png" for row in range(150)] + ["gone.png"]
+    manifests = []
+    for keys in ("key:secret", "other:secret"):
+        rows = [bucket.uri(f"pool/{name.replace(' ', '%20').replace('é', '%C3%A9')}", keys) for name in names]
+        pq.write_table(pa.table({"uri": rows}), tmp_path / "list.parquet")
+        out = tmp_path / keys
+        manifests.append(embed(options(tmp_path / "list.parquet", out, max_rejected="1")))
+        (rejected,) = pq.read_table(out / "rejected.parquet").to_pylist()
+        assert rejected["id"] == rejected["uri"] == rows[-1].replace(keys, "***")
+        files = [path for path in out.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
+        assert files == [out / "pool.arrow"]
+        assert FeatureStore(str(out)).ids(np.array([7])) == [rows[7].replace(keys, "***")]
+    assert manifests[0]["inputs"] == manifests[1]["inputs"]
+    assert parts(manifests[0]) == parts(manifests[1])
 
 
 def test_the_endpoint_may_come_from_the_environment(bucket, pool, whole, monkeypatch):

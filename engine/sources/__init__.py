@@ -40,7 +40,7 @@ SOURCES: dict[str, ModuleType] = {
 read(pool, start, stop) -> samples."""
 
 FILE_KINDS = {".csv": "list", ".tsv": "list", ".txt": "list", ".json": "coco", ".tar": "tar", ".mat": "svhn"}
-FACTS = ("uri", "kind", "num_rows", "digest", "class_names", "detail")
+FACTS = ("uri", "base", "kind", "num_rows", "digest", "class_names", "detail")
 
 
 def _table_kind(place: Place, file: Place, columns: Columns) -> str:
@@ -72,7 +72,7 @@ def _folder_kind(place: Place, columns: Columns) -> str:
 
 
 def _detect(place: Place, columns: Columns) -> str:
-    if hub.is_hub_name(place.uri):
+    if hub.is_hub_name(place.address):
         return "datasets"
     if suffix_of(place.path) == ".tar" and tar.RANGE.search(place.name):
         return "tar"
@@ -125,7 +125,7 @@ def _facts_place(place: Place) -> Place:
 def save_pool(pool: Pool, place: Place) -> None:
     """Write a pool where every worker can read it: its listing at `place`, a file NAME.arrow, its facts in NAME.json.
 
-    The facts are written last. Nothing of the listing passes through this process but a buffer.
+    The facts are written last, and without keys. Nothing of the listing passes through this process but a buffer.
     """
     place.write_from(pool.listing.place.path)
     facts = {name: getattr(pool, name) for name in FACTS}
@@ -135,12 +135,12 @@ def save_pool(pool: Pool, place: Place) -> None:
 
 
 def load_pool(place: Place) -> Pool:
-    """Open what `save_pool` wrote; the listing is read when it is asked for."""
+    """Open what `save_pool` wrote; the listing is read when it is asked for. Its addresses lack their keys."""
     facts = json.loads(_facts_place(place).read())
     listing = Listing(place, **facts.pop("listing"))
     schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(facts.pop("schema"))))
     names = facts.pop("class_names")
-    return Pool(listing=listing, schema=schema, class_names=tuple(names) if names else None, **facts)
+    return Pool(address=facts.pop("uri"), listing=listing, schema=schema, class_names=tuple(names) if names else None, **facts)
 
 
 __all__ = ["SOURCES", "Columns", "Pool", "Sample", "columns_of", "load_pool", "open_pool", "read", "save_pool"]

@@ -93,19 +93,19 @@ def list_pool(place: Place, columns: Columns) -> Pool:
     facts, start = [], 0
     for name in files_of(place):
         file = place.at(name) if name else place
-        count = len(_cifar_batch(file.uri, stamp(file))[1])
+        count = len(_cifar_batch(file.address, stamp(file))[1])
         writer.add(pa.table([[name], [start], [count]], schema=BATCHES))
         facts.append([name, *stamp(file)])
         start += count
-    return Pool(place.uri, "cifar", start, digest_of(facts), _cifar_names(place), {}, writer.finish())
+    return Pool(place.address, "cifar", start, digest_of(facts), _cifar_names(place), {}, writer.finish())
 
 
 def read(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
     """Yield the samples of pool rows [start, stop)."""
-    place = Place(pool.uri)
+    place = Place(pool.address)
     for extent, low, high in extents(pool.listing, start, stop):
         file = place.at(extent["file"]) if extent["file"] else place
-        images, labels = _cifar_batch(file.uri, stamp(file))
+        images, labels = _cifar_batch(file.address, stamp(file))
         name = file.name
         for at in range(low, high):
             row = extent["start"] + at

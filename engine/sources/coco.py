@@ -149,6 +149,6 @@ def list_pool(place: Place, columns: Columns) -> Pool:
     boxes, left_out = boxes_array(_drawn(place, content, classes), sizes, annotated)
     listing = _listing(images, boxes)
     base = _base(place, images, columns.images)
-    detail = {"base": base.absolute, "id": "path", "boxes_left_out": dict(left_out)}
+    detail = {"id": "path", "boxes_left_out": dict(left_out)}
     digest = digest_of(["coco", listing.digest, names])
-    return Pool(place.uri, "coco", len(images), digest, names or None, detail, listing, FURTHER)
+    return Pool(place.address, "coco", len(images), digest, names or None, detail, listing, FURTHER, base.absolute)

@@ -26,12 +26,12 @@ def list_pool(place: Place, columns: Columns) -> Pool:
         writer.add(images)
     listing = writer.finish()
     names = tuple(sorted(classes)) or None
-    return Pool(place.uri, "folder", listing.num_rows, digest_of(["folder", listing.digest]), names, {}, listing)
+    return Pool(place.address, "folder", listing.num_rows, digest_of(["folder", listing.digest]), names, {}, listing)
 
 
 def read(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
     """Yield the samples of pool rows [start, stop)."""
-    images = Images(Place(pool.uri))
+    images = Images(Place(pool.address))
     code = {name: index for index, name in enumerate(pool.class_names or ())}
     names = pool.listing.read(start, stop)["path"]
     for row, name in enumerate(names, start):

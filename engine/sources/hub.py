@@ -81,7 +81,7 @@ def _read_all(data: Any, names: list[str]) -> Iterator[pa.RecordBatch]:
 
 def list_pool(place: Place, columns: Columns) -> Pool:
     """List the rows of one split, a fixed number an extent."""
-    data = load(place.uri, columns.split)
+    data = load(place.address, columns.split)
     writer = ListingWriter(EXTENT)
     starts = list(range(0, len(data), EXTENT_ROWS))
     writer.add(pa.table([starts, [min(EXTENT_ROWS, len(data) - start) for start in starts]], schema=EXTENT))
@@ -90,12 +90,12 @@ def list_pool(place: Place, columns: Columns) -> Pool:
     # the library's own fingerprint of what a data set was made of
     digest = digest_of(["datasets", data._fingerprint, len(data), told.detail, str(told.schema), told.class_names])
     detail = {**told.detail, "split": columns.split}
-    return Pool(place.uri, "datasets", len(data), digest, told.class_names, detail, writer.finish(), told.schema)
+    return Pool(place.address, "datasets", len(data), digest, told.class_names, detail, writer.finish(), told.schema)
 
 
 def read(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
     """Yield the samples of pool rows [start, stop)."""
-    data = load(pool.uri, pool.detail["split"]).select_columns(columns_read(pool))
+    data = load(pool.address, pool.detail["split"]).select_columns(columns_read(pool))
     for extent, low, high in extents(pool.listing, start, stop):
         first = extent["start"] + low
-        yield from samples(pool, data[first : extent["start"] + high], first, pool.uri, Place(pool.uri))
+        yield from samples(pool, data[first : extent["start"] + high], first, pool.uri, Place(pool.address))

@@ -7,8 +7,10 @@ pass and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -76,17 +78,20 @@ class _Hashes:
         runs = max(1, -(-num_rows // RUN_ROWS))
         bits = (runs - 1).bit_length()
         self._borders = np.arange(1, 1 << bits, dtype=np.uint64) << np.uint64(64 - bits) if bits else np.empty(0, np.uint64)
-        self._file = tempfile.TemporaryFile(prefix="coresift-ids-") if bits else None
+        self._file: IO[bytes] | None = None
         self._runs: list[tuple[int, npt.NDArray[np.int64]]] = []
         self._held: list[npt.NDArray[np.uint64]] = []
         self._num_held = self._num_written = 0
 
     def __enter__(self) -> _Hashes:
+        with contextlib.ExitStack() as stack:
+            if len(self._borders):
+                self._file = stack.enter_context(tempfile.TemporaryFile(prefix="coresift-ids-"))
+            self._open = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._open.close()
 
     def add(self, some: npt.NDArray[np.uint64]) -> None:
         """Take some hashes."""

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
-from engine.places import Place
+from engine.places import Place, masked_column
 
 if os.name == "posix":
     import fcntl
@@ -74,10 +74,13 @@ class Listing:
 
 
 class ListingWriter:
-    """Spools tables and record batches of any size to a temporary file, re-cut to LISTING_ROWS, with a running digest."""
+    """Spools tables and record batches of any size to a temporary file, re-cut to LISTING_ROWS, with a running digest.
 
-    def __init__(self, schema: pa.Schema) -> None:
-        self.schema, self.num_rows = schema.remove_metadata(), 0
+    `masks` are columns of URIs: the digest does not depend on the keys in them.
+    """
+
+    def __init__(self, schema: pa.Schema, masks: tuple[str, ...] = ()) -> None:
+        self.schema, self.num_rows, self.masks = schema.remove_metadata(), 0, masks
         self._path, self._lock = _new_file()
         self._remove = weakref.finalize(self, _drop, self._path, self._lock)
         self._file = pa.ipc.new_file(self._path, self.schema)
@@ -101,8 +104,8 @@ class ListingWriter:
         table = pa.Table.from_batches(self._waiting, self.schema)
         for start in range(0, count, LISTING_ROWS):
             batch = table.slice(start, min(LISTING_ROWS, count - start)).combine_chunks().to_batches()[0]
-            for column in batch.columns:
-                _feed(self._hash, column)
+            for name, column in zip(self.schema.names, batch.columns, strict=True):
+                _feed(self._hash, masked_column(column) if name in self.masks else column)
             self._file.write_batch(batch)
         left = table.slice(count)
         self._waiting = left.combine_chunks().to_batches() if len(left) else []

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from engine.folders import digest_of
-from engine.places import Place
+from engine.places import Place, masked_column
 from engine.sources import paths
 from engine.sources.ids import check_unique, names_rows
 from engine.sources.listing import Listing, ListingWriter
@@ -46,7 +46,7 @@ def _rows(batch: pa.RecordBatch, roles: Roles, schema: pa.Schema) -> pa.RecordBa
 
 
 def _name_rows(listing: Listing, has_ids: bool, uri: str) -> str:
-    """Return what names the rows: the ids given, else the paths where all are there and differ, else ''."""
+    """Return what names the rows: the ids given, else the paths where all are there and differ without keys, else ''."""
 
     def column(name: str) -> Iterator[pa.ChunkedArray]:
         return (table[name] for table in listing.tables())
@@ -54,12 +54,12 @@ def _name_rows(listing: Listing, has_ids: bool, uri: str) -> str:
     if has_ids:
         check_unique(lambda: column("id"), listing.num_rows, uri)
         return "id"
-    return "path" if names_rows(lambda: column("path"), listing.num_rows) else ""
+    return "path" if names_rows(lambda: map(masked_column, column("path")), listing.num_rows) else ""
 
 
 def _list(files: list[Place], roles: Roles, label: pa.DataType | None, uri: str) -> tuple[Listing, ClassNames, TextTypes]:
     """Write the listing; gather class names and the types of text, over all rows."""
-    writer = ListingWriter(paths.listing_schema(roles.id is not None, label, roles.metadata))
+    writer = ListingWriter(paths.listing_schema(roles.id is not None, label, roles.metadata), masks=("path",))
     classes = ClassNames(roles.label or "", uri)
     types = TextTypes([name for name in (*roles.metadata.names, roles.label) if name])
     used = list(dict.fromkeys(name for name in (roles.image, roles.id, roles.label, *roles.metadata.names) if name))
@@ -93,10 +93,9 @@ def list_pool(place: Place, columns: Columns) -> Pool:
         class_names = classes.names()
     base = Place(columns.images) if columns.images else place if place.kind() == pafs.FileType.Directory else place.folder
     detail = {
-        "base": base.absolute,
         "id": _name_rows(listing, roles.id is not None, place.uri),
         "columns": {"image": roles.image, "id": roles.id, "label": roles.label},
         "columns_left_out": roles.left_out,
     }
     digest = digest_of(["list", listing.digest, detail["columns"], str(further), class_names])
-    return Pool(place.uri, "list", listing.num_rows, digest, class_names, detail, listing, further)
+    return Pool(place.address, "list", listing.num_rows, digest, class_names, detail, listing, further, base.absolute)

@@ -46,7 +46,7 @@ def list_pool(place: Place, columns: Columns) -> Pool:
 
     told = survey(read_all, start, schema, columns, place.uri)
     digest = digest_of([found, told.detail, str(told.schema), told.class_names])
-    return Pool(place.uri, "parquet", start, digest, told.class_names, told.detail, writer.finish(), told.schema)
+    return Pool(place.address, "parquet", start, digest, told.class_names, told.detail, writer.finish(), told.schema)
 
 
 @functools.lru_cache(maxsize=1)
@@ -56,12 +56,12 @@ def _extent(uri: str, stamped: tuple[int, int], group: int, columns: tuple[str, 
 
 def read(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
     """Yield the samples of pool rows [start, stop); the last row group is kept, as the next rows are likely in it."""
-    place = Place(pool.uri)
+    place = Place(pool.address)
     base = place if place.kind() == pafs.FileType.Directory else place.folder
     names = tuple(columns_read(pool))
     for extent, low, high in extents(pool.listing, start, stop):
         file = place.at(*extent["file"].split("/")) if extent["file"] else place
-        whole = _extent(file.uri, stamp(file), extent["group"], names)
+        whole = _extent(file.address, stamp(file), extent["group"], names)
         pieces = [(low, whole.slice(low, high - low))] if whole is not None else None
         for first, piece in pieces or stream_row_group(file, extent["group"], list(names), low, high):
             yield from samples(pool, piece, extent["start"] + first, file.uri, base)

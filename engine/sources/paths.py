@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from engine.masks import masked
 from engine.places import Place
 from engine.sources.pool import Images, Pool, Sample, sample_from_file
 from engine.sources.values import labels_of, slices
@@ -37,8 +38,8 @@ def extra_of(column: pa.ChunkedArray, schema: pa.Schema) -> list[dict[str, Any]]
 
 
 def read(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
-    """Yield the samples of pool rows [start, stop); paths are below `detail["base"]`, `detail["id"]` says what names them."""
-    images = Images(Place(pool.detail["base"]))
+    """Yield the samples of pool rows [start, stop); paths are below `base`, `detail["id"]` says what names them."""
+    images = Images(Place(pool.base))
     row = start
     for table in slices(pool.listing.read(start, stop)):
         paths = table["path"].to_pylist()
@@ -48,7 +49,8 @@ def read(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
         extras = extra_of(table["extra"], pool.schema) if "extra" in table.column_names else [{}] * len(table)
         for path, name, label, extra in zip(paths, ids, labels, extras, strict=True):
             if path:
-                yield sample_from_file(row, name, images.place(path), label, extra)
+                shown = masked(name) if named == "path" else name
+                yield sample_from_file(row, shown, images.place(path), label, extra)
             else:
                 yield Sample(row, name, f"{pool.uri}#{row}", label, b"", NO_IMAGE, extra)
             row += 1

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
+from engine.masks import masked
 from engine.places import Place
 from engine.schema import InputError, first_line
 from engine.sources.listing import Listing
@@ -46,10 +47,11 @@ class Pool:
 
     `listing` has one row for each image, or for each extent of a container (a row group, a batch of a file); what its
     columns mean is the source's own, as is `detail`, which is ready for JSON. `schema` names and types the columns that
-    pass through: metadata, and `boxes`.
+    pass through: metadata, and `boxes`. `address` is where it is, `base` below which place the images that it names are:
+    with any keys, so neither is written; workers get them from the driver (`addresses`).
     """
 
-    uri: str
+    address: str = field(repr=False)
     kind: str
     num_rows: int
     digest: str
@@ -57,6 +59,17 @@ class Pool:
     detail: dict[str, Any]
     listing: Listing
     schema: pa.Schema = NO_COLUMNS
+    base: str = field(default="", repr=False)
+
+    @property
+    def uri(self) -> str:
+        """Its name for people and files, without keys."""
+        return masked(self.address)
+
+    @property
+    def addresses(self) -> tuple[str, str]:
+        """Its address and its base."""
+        return self.address, self.base
 
     @property
     def left_out(self) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from engine.places import Place
+from engine.masks import masked
+from engine.places import Place, masked_column
 from engine.sources.boxes import BOXES, LEFT_OUT
 from engine.sources.ids import check_unique, names_rows
 from engine.sources.objects import boxes_of, category_names
@@ -43,8 +44,11 @@ def _id_column(read: Read, num_rows: int, schema: pa.Schema, roles: Roles, uri: 
     kind = schema.field(roles.image).type
     if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
         path = f"{roles.image}.path"
-        fits = names_rows(lambda: (pa.compute.struct_field(batch[roles.image], "path") for batch in read([path])), num_rows)
-        return path if fits else ""
+
+        def paths() -> Iterator[pa.Array]:
+            return (masked_column(pa.compute.struct_field(batch[roles.image], "path")) for batch in read([path]))
+
+        return path if names_rows(paths, num_rows) else ""
     return ""
 
 
@@ -122,7 +126,7 @@ def samples(pool: Pool, table: pa.Table, first: int, uri: str, base: Place) -> I
         ids = piece[detail["id"]].to_pylist() if detail["id"] and not by_path else none
         for value, label, name, extra in zip(pictures, labels, ids, _extras(pool, piece, uri), strict=True):
             data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-            named = str(path if by_path else name if detail["id"] else row)
+            named = masked(str(path)) if by_path else str(name if detail["id"] else row)
             if data is not None:
                 yield Sample(row, named, f"{uri}#{row}", label, data, extra=extra)
             elif path:

@@ -41,16 +41,16 @@ def _load(uri: str, stamped: tuple[int, int]) -> tuple[npt.NDArray[np.uint8], np
 
 def list_pool(place: Place, columns: Columns) -> Pool:
     """List the images of one file."""
-    count = len(_load(place.uri, stamp(place))[1])
+    count = len(_load(place.address, stamp(place))[1])
     writer = ListingWriter(EXTENT)
     writer.add(pa.table([[0], [count]], schema=EXTENT))
     name = place.name
-    return Pool(place.uri, "svhn", count, digest_of([name, *stamp(place)]), DIGITS, {"name": name}, writer.finish())
+    return Pool(place.address, "svhn", count, digest_of([name, *stamp(place)]), DIGITS, {"name": name}, writer.finish())
 
 
 def read(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
     """Yield the samples of pool rows [start, stop)."""
-    images, labels = _load(pool.uri, stamp(Place(pool.uri)))
+    images, labels = _load(pool.address, stamp(Place(pool.address)))
     for _, low, high in extents(pool.listing, start, stop):
         for row in range(low, high):
             data = Image.fromarray(images[row])

@@ -158,9 +158,9 @@ def list_pool(place: Place, columns: Columns) -> Pool:
     codes = lister.types.type_of("label") == pa.int64()
     class_names = None if codes else lister.classes.names() or None
     schema, left_out = lister.tags.schema(lister.label)
-    detail = {"base": folder.absolute, "columns_left_out": left_out, "without_image": lister.left_out}
+    detail = {"columns_left_out": left_out, "without_image": lister.left_out}
     digest = digest_of(["tar", facts, listing.digest, class_names, str(schema)])
-    return Pool(place.uri, "tar", listing.num_rows, digest, class_names, detail, listing, schema)
+    return Pool(place.address, "tar", listing.num_rows, digest, class_names, detail, listing, schema, folder.absolute)
 
 
 class _Shards:
@@ -188,7 +188,7 @@ class _Shards:
 
 def read(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
     """Yield the samples of pool rows [start, stop), each by one ranged read."""
-    shards, row = _Shards(Place(pool.detail["base"])), start
+    shards, row = _Shards(Place(pool.base)), start
     for table in slices(pool.listing.read(start, stop)):
         for entry, label in zip(table.to_pylist(), labels_of(table["label"], pool.class_names), strict=True):
             where = (entry["shard"], entry["offset"], entry["size"])

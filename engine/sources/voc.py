@@ -133,6 +133,7 @@ def list_pool(place: Place, columns: Columns) -> Pool:
         named = pa.array([files.get(stem, f"{stem}.jpg") for stem in some], pa.string())
         writer.add(pa.record_batch([named, pa.array(some, pa.string()), extra], schema=writer.schema))
     listing = writer.finish()
-    detail = {"base": place.at("JPEGImages").absolute, "id": "id", "boxes_left_out": dict(left_out)}
+    detail = {"id": "id", "boxes_left_out": dict(left_out)}
     digest = digest_of(["voc", listing.digest, names])
-    return Pool(place.uri, "voc", len(stems), digest, names, detail, listing, FURTHER)
+    base = place.at("JPEGImages").absolute
+    return Pool(place.address, "voc", len(stems), digest, names, detail, listing, FURTHER, base)
