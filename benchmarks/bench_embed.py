@@ -154,9 +154,9 @@ def stages(spent: dict[str, Any], wall: float) -> list[tuple[str, float]]:
     """Return where the wall time went, in order, and then, summed over all actors, what they did."""
     steady = spent["seconds_s"] - spent["first_part_s"]
     found = [
-        ("before: imports, listing, the model once", wall - spent["seconds_s"]),
-        ("start of Ray", spent["connect_s"]),
-        ("until the first part", spent["first_part_s"] - spent["connect_s"]),
+        ("before and after: imports, listing, leaving", wall - spent["seconds_s"]),
+        ("start of Ray, and the model once", spent["ready_s"]),
+        ("until the first part", spent["first_part_s"] - spent["ready_s"]),
         ("from the first part to the last", steady),
     ]
     return found + [(f"actors: {name.removesuffix('_s')}", value) for name, value in spent["stages"].items()]

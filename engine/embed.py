@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,11 +125,25 @@ def _claims(options: EmbedOptions, inputs: dict[str, Any]) -> list[Store]:
     return stores
 
 
-def _encode_missing(options: EmbedOptions, stores: Sequence[Store], pool: Pool, progress: Progress) -> dict[str, Any]:
-    """Encode the parts that stores lack, and fill in their entries; return the times of this run."""
+def _ready(options: EmbedOptions) -> dict[str, Encoder]:
+    """Return the encoders, on the CPU, once Ray is up where it is needed: it starts while they are built.
+
+    They are built here first so that a wrong one is one error and claims no folder.
+    """
+    with ThreadPoolExecutor(1) as aside:
+        building = aside.submit(build_encoders, options, "cpu")
+        if parse_workers(options.workers) != (0, 0):
+            session.connect(options.address)
+        return building.result()
+
+
+def _encode_missing(
+    options: EmbedOptions, stores: Sequence[Store], pool: Pool, began: float, progress: Progress
+) -> dict[str, Any]:
+    """Encode the parts that stores lack, and fill in their entries; return the times of a run that `began` then."""
     size = part_rows(pool.num_rows)
     ranges = [(start, min(start + size, pool.num_rows)) for start in range(0, pool.num_rows, size)]
-    began, connected, first, first_rows, run_rows = time.perf_counter(), 0.0, 0.0, 0, 0
+    ready, first, first_rows, run_rows = time.perf_counter(), 0.0, 0, 0
     for store in stores:
         store.entries = finished_parts(store.place, ranges)
     missing = {r: tuple(store.name for store in stores if r[0] not in store.entries) for r in ranges}
@@ -137,10 +152,6 @@ def _encode_missing(options: EmbedOptions, stores: Sequence[Store], pool: Pool, 
     by_name, spent = {store.name: store for store in stores}, Counter[str]()
     progress("embed", rows_before, pool.num_rows, "")
     here = parse_workers(options.workers) == (0, 0)
-    if todo and not here:
-        before = time.perf_counter()
-        session.connect(options.address)
-        connected = time.perf_counter() - before
     places = {store.name: store.place.absolute for store in stores}
     where = Stores(stores[0].place.at(LISTING).absolute, pool.digest, places, pool.addresses)
     for part in (in_process if here else on_ray)(options, where, todo) if todo else ():
@@ -159,7 +170,7 @@ def _encode_missing(options: EmbedOptions, stores: Sequence[Store], pool: Pool, 
         "first_part_s": round(first, 3),
         "rows_per_s": round(run_rows / seconds, 2),
         "steady_rows_per_s": round(steady, 2) if steady else None,
-        "connect_s": round(connected, 3),
+        "ready_s": round(ready - began, 3),
         "stages": {stage: round(spent[stage], 3) for stage in ("model_s", *STAGES)},
     }
 
@@ -202,12 +213,13 @@ def embed_all(options: EmbedOptions, progress: Progress = no_progress) -> list[d
     missing = [store for store in stores if store.manifest is None]
     if missing:
         left = replace(options, encoder=",".join(store.name for store in missing))
-        encoders = build_encoders(left, "cpu")  # here first: a wrong backbone is one error, and claims no folder
+        began = time.perf_counter()
+        encoders = _ready(left)
         with reached(options.out, KEPT):
             for store in missing:
                 store.claim.take()
                 save_pool(pool, store.place.at(LISTING))
-            spent = _encode_missing(left, missing, pool, progress)
+            spent = _encode_missing(left, missing, pool, began, progress)
             for store in missing:
                 store.manifest = _publish(store, options, pool, encoders[store.name], spent)
     manifests = {store.name: store.manifest for store in stores if store.manifest is not None}
