@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -153,6 +153,13 @@ class PartEncoder:
         return write_part(Place(self.stores.places[name]), todo.start, todo.stop, table, made.items)
 
 
+class PartActor(PartEncoder):
+    """A PartEncoder on an actor, given its arguments by a function: Ray shows and exports values, and some hold keys."""
+
+    def __init__(self, given: Callable[[], dict[str, Any]]) -> None:
+        super().__init__(**given())
+
+
 class _Made:
     """What of a part is there so far: its items, and the vectors of each encoder."""
 
@@ -256,8 +263,8 @@ def on_ray(options: EmbedOptions, stores: Stores, todo: Sequence[Todo]) -> Itera
         "decode_tasks": who.decode_tasks,
     }
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        PartEncoder,
-        fn_constructor_kwargs=arguments,
+        PartActor,
+        fn_constructor_kwargs={"given": lambda: arguments},
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=who.low, max_size=who.high),
         num_cpus=options.cpus_per_worker,

@@ -115,10 +115,19 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_keys_are_written_nowhere_and_decide_nothing(bucket, pool, whole, request, workers):
+def test_keys_are_written_nowhere_and_decide_nothing(bucket, pool, whole, request, monkeypatch, workers):
     """A pool with a bad image, by actors that read and write the bucket: they get the keys, and no file does."""
     if workers:
         request.getfixturevalue("ray_session")
+        import ray.data
+
+        shown, mapped = [], ray.data.Dataset.map_batches
+
+        def watched(self, *given, **how):
+            shown.append(repr(how))
+            return mapped(self, *given, **how)
+
+        monkeypatch.setattr(ray.data.Dataset, "map_batches", watched)
     for row in (0, 149):
         with bucket.fs.open_output_stream(f"bucket/keys-{workers}/{row}.png") as stream:
             stream.write((pool / "a" / "000 é.png").read_bytes() if row else b"words")
@@ -131,6 +140,9 @@ def test_keys_are_written_nowhere_and_decide_nothing(bucket, pool, whole, reques
     assert not [path for path, text in written.items() if "secret" in text]
     others = bucket.uri(f"keys-{workers}", "other:words"), bucket.uri(f"keys-out-{workers}", "other:words")
     assert embed(options(*others, **given)) == manifest
+    if workers:
+        assert len(shown) == 1
+        assert "secret" not in shown[0]
 
 
 def test_keys_in_the_rows_of_a_list_are_in_no_id_and_decide_nothing(bucket, pool, whole, tmp_path):
