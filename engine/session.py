@@ -15,11 +15,16 @@ from engine.schema import RunError, first_line
 verbose = False
 """Whether Ray may be heard in this process; the command line's -v sets it."""
 
+LOCAL = "local"
+"""Ray's own word for a session of its own on this machine."""
+
 
 def connect(address: str | None) -> None:
-    """Join the Ray cluster at `address`, or start a local one; a session that is already up is used as it is.
+    """Join the Ray cluster at `address`, else at RAY_ADDRESS (as in a Ray job), or start a local one.
 
-    Ray's own chatter (its logs, its workers' output, its bars) is off unless `verbose`.
+    A session that is already up is used as it is. A cluster that runs on this machine is not joined unless it is named:
+    what Ray remembers of one may be of one that was killed. Ray's own chatter (its logs, its workers' output, its bars) is
+    off unless `verbose`.
     """
     os.environ.setdefault("RAY_DATA_USE_DATASOURCE_V2", "0")
     if not verbose:
@@ -31,7 +36,8 @@ def connect(address: str | None) -> None:
         return
     level = logging.INFO if verbose else logging.ERROR
     settings: dict[str, Any] = {"log_to_driver": verbose, "logging_level": level, "configure_logging": True}
-    if address is None:
+    address = address or os.environ.get("RAY_ADDRESS") or LOCAL
+    if address == LOCAL:
         settings["include_dashboard"] = False
         here = str(Path(__file__).parents[1])  # the workers of a local session import the code that this process runs
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
@@ -39,7 +45,7 @@ def connect(address: str | None) -> None:
         with contextlib.nullcontext() if verbose else _deaf():
             ray.init(address=address, **settings)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        where = address or "this machine"
+        where = "this machine" if address == LOCAL else address
         raise RunError(f"no Ray session on {where}: {first_line(error)}") from error
     _quiet_data()
 
