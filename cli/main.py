@@ -11,11 +11,26 @@ import typer
 
 from cli import output
 from cli.options import no_options, verb
-from engine.schema import InputError, Opt, RunError, nearest
-from engine.verbs import CompareOptions, DedupOptions, DemoOptions, EmbedOptions, EvaluateOptions, ImportOptions, SelectOptions
+from engine import session
+from engine.schema import InputError, Opt, RunError, fields_of, nearest
+from engine.verbs import (
+    CompareOptions,
+    DedupOptions,
+    DemoOptions,
+    EmbedOptions,
+    EvaluateOptions,
+    FinetuneOptions,
+    ImportOptions,
+    PredictOptions,
+    PreprocessingOptions,
+    SelectOptions,
+)
 
 UsageError = typer.BadParameter.__mro__[1]
 """Typer's own error for a command line that cannot be parsed."""
+
+INPUTS = [field.name for field in fields_of(PreprocessingOptions)]
+"""How a network's images are prepared."""
 
 INTERRUPTED = 130
 """What typer returns for Ctrl-C."""
@@ -33,14 +48,14 @@ app = typer.Typer(
 class InfoOptions:
     """Describe a folder that coresift wrote, finished or not, or a pool of images."""
 
-    path: Annotated[str, Opt("Features, selection, metrics, comparison, or a pool.", positional=True)]
+    path: Annotated[str, Opt("Features, selection, checkpoint, metrics, comparison, or a pool.", positional=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
     """Check that the files of a published folder, and of those below it, are as they were written."""
 
-    path: Annotated[str, Opt("Features, selection, metrics or comparison.", positional=True)]
+    path: Annotated[str, Opt("Features, selection, checkpoint, metrics or comparison.", positional=True)]
 
 
 class Session:
@@ -50,10 +65,7 @@ class Session:
         self.json, self.quiet, self.verbose = flags["json"], flags["quiet"], flags["verbose"]
         self.watch = output.Watcher(self.quiet)
         self.began = time.time()
-        if self.verbose:
-            from engine import session
-
-            session.verbose = True
+        session.verbose = self.verbose
 
     def is_old(self, manifest: dict[str, Any]) -> bool:
         """Return whether a manifest was published before this command began: nothing was done again."""
@@ -89,6 +101,13 @@ def _import(options: ImportOptions, flags: dict[str, bool]) -> None:
     _say_features("import", options.out, import_features(options, ui.watch), ui)
 
 
+def _predict(options: PredictOptions, flags: dict[str, bool]) -> None:
+    from engine.predict import predict
+
+    ui = Session(flags)
+    _say_features("predict", options.out, predict(options, ui.watch), ui)
+
+
 def _say_features(command: str, out: str, manifest: dict[str, Any], ui: Session) -> None:
     ui.result(*_features(command, out, manifest, ui))
 
@@ -98,6 +117,9 @@ def _features(command: str, out: str, manifest: dict[str, Any], ui: Session) -> 
     keys = ("num_rows", "num_vectors", "num_rejected", "num_labeled", "dim", "digest")
     facts = {"command": command, "out": out, "already_done": ui.is_old(manifest), **{key: manifest[key] for key in keys}}
     vectors = f"{manifest['num_vectors']:,} vectors of {manifest['dim']} floats"
+    if "num_detections" in manifest:
+        facts["num_detections"] = manifest["num_detections"]
+        vectors = f"{manifest['num_detections']:,} boxes in {manifest['num_vectors']:,} images"
     rejected = f", {manifest['num_rejected']} images rejected (see {out}/rejected.parquet)" if manifest["num_rejected"] else ""
     timing = manifest.get("time", {})
     if timing:
@@ -149,17 +171,36 @@ def _dedup(options: DedupOptions, flags: dict[str, bool]) -> None:
     )
 
 
+def _finetune(options: FinetuneOptions, flags: dict[str, bool]) -> None:
+    from engine.finetune import finetune
+
+    ui = Session(flags)
+    manifest = finetune(options, ui.watch)
+    done, metrics, seconds = ui.is_old(manifest), manifest["metrics"], manifest["time"]["seconds_s"]
+    keys = ("steps", "epochs", "num_images", "metrics", "best")
+    facts = {"command": "finetune", "out": options.out, "already_done": done, "seconds": seconds}
+    trained = f"{manifest['steps']:,} steps ({manifest['epochs']:g} epochs) on {manifest['num_images']:,} images"
+    ui.watch.close()
+    if metrics and not ui.json:
+        output.metrics_table(options.out, metrics)
+    ui.result(
+        {**facts, **{key: manifest[key] for key in keys}},
+        f"{options.out}: {'done before, ' if done else ''}{trained}" + ("" if done else f" in {seconds:,.1f} s"),
+    )
+
+
 def _evaluate(options: EvaluateOptions, flags: dict[str, bool]) -> None:
     from engine.evaluate import evaluate
 
     ui = Session(flags)
     results = evaluate(options, ui.watch)
     ui.watch.close()
+    title = options.selection or options.subject
     if ui.json:
-        output.print_json({"command": "evaluate", "selection": options.selection, "metrics": results})
+        what = "selection" if options.selection else "checkpoint"
+        output.print_json({"command": "evaluate", what: title, "metrics": results})
         return
-    rows = [[r["metric"], output.number(r["value"], output.digits_of(r["metric"])), r["note"]] for r in results]
-    output.table(options.selection, ["metric", "value", "what"], rows, figures=1)
+    output.metrics_table(title, results)
 
 
 def _compare(options: CompareOptions, flags: dict[str, bool]) -> None:
@@ -236,6 +277,28 @@ def _strategies(options: Any, flags: dict[str, bool]) -> None:
             output.say(f"    --option {option['name']}={option['default']}  {option['help']}")
 
 
+def _recipes(options: Any, flags: dict[str, bool]) -> None:
+    """List the training recipes, where they come from, and all training options."""
+    from engine.recipes import describe_options, describe_recipes, option_text
+
+    recipes, options_of = describe_recipes(), describe_options()
+    if flags["json"]:
+        output.print_json({"recipes": recipes, "training_options": options_of})
+        return
+    for recipe in recipes:
+        output.say(f"{recipe['name']}: {recipe['summary']} ({recipe['task']}: {recipe['model']}, weights {recipe['weights']})")
+        inputs = [f"{name} {option_text(recipe[name])}" for name in INPUTS if name in recipe]
+        told = [recipe["source"], *recipe["notes"], "inputs: " + ", ".join(inputs)]
+        told += [" ".join(f"{name}={option_text(value)}" for name, value in recipe["options"].items())]
+        for line in told:
+            output.say(f"    {line}")
+    for task, declared in options_of.items():
+        output.say("\ntraining options of every task" if task == "all" else f"\n{task} only")
+        for option in declared:
+            choices = f" ({', '.join(option['choices'])})" if option["choices"] else ""
+            output.say(f"    --option {option['name']}={option_text(option['default'])}  {option['help']}{choices}")
+
+
 def _encoders(options: Any, flags: dict[str, bool]) -> None:
     """List the encoders."""
     from engine.encoders import encoder_help
@@ -252,12 +315,15 @@ VERBS: dict[str, tuple[type[Any], Any]] = {
     "import": (ImportOptions, _import),
     "dedup": (DedupOptions, _dedup),
     "select": (SelectOptions, _select),
+    "finetune": (FinetuneOptions, _finetune),
+    "predict": (PredictOptions, _predict),
     "evaluate": (EvaluateOptions, _evaluate),
     "compare": (CompareOptions, _compare),
     "info": (InfoOptions, _info),
     "verify": (VerifyOptions, _verify),
     "strategies": (no_options(), _strategies),
     "encoders": (no_options(), _encoders),
+    "recipes": (no_options(), _recipes),
     "demo": (DemoOptions, _demo),
 }
 

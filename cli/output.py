@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 import traceback
@@ -109,11 +110,12 @@ def stack() -> None:
 
 
 DISTANCES = ("mean_distance", "covering_radius", "emd")
+BOXES = re.compile(r"(best_)?A[PR]([\d_/]|$)")
 
 
 def digits_of(metric: str) -> int:
-    """Return the decimals a metric is shown with: distances are near 1, the others are percentages."""
-    return 4 if metric in DISTANCES else 2
+    """Return the decimals a metric is shown with: distances and box AP are around 1, the others are percentages."""
+    return 4 if metric in DISTANCES or BOXES.match(metric) else 2
 
 
 def table(title: str, header: list[str], rows: list[list[str]], figures: int = 1_000_000) -> None:
@@ -132,6 +134,12 @@ def table(title: str, header: list[str], rows: list[list[str]], figures: int = 1
 def number(value: float | None, digits: int = 1) -> str:
     """Return a figure for a table; a dash where there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def metrics_table(title: str, metrics: list[dict[str, Any]]) -> None:
+    """Print [{metric, value, note}] in their order."""
+    rows = [[m["metric"], number(m["value"], digits_of(m["metric"])), m["note"]] for m in metrics]
+    table(title, ["metric", "value", "what"], rows, figures=1)
 
 
 def comparison_tables(rows: list[dict[str, Any]]) -> None:

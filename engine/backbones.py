@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,21 +18,18 @@ NO_FILE = ("hub", "random")
 
 
 class Network:
-    """A backbone ready to run: on its device, in eval mode, with its preprocessing. Encoders of one command share it."""
+    """A backbone ready to run: on its device, in eval mode, with its preprocessing. Encoders of one command share it.
 
-    def __init__(self, options: EmbedOptions, device: str) -> None:
+    It is the one that the options say, or `backbone`, which then must be the one that they name.
+    """
+
+    def __init__(self, options: EmbedOptions, device: str, backbone: torch.nn.Module | None = None) -> None:
         self.options, self.device = options, device
-        self.model: Any = build_backbone(options).eval().requires_grad_(False).to(device)
+        self.model: Any = (build_backbone(options) if backbone is None else backbone).eval().requires_grad_(False).to(device)
         self.format = torch.channels_last if options.channels_last else torch.contiguous_format
         self.model.to(memory_format=self.format)
-        self.config = preprocessing(self.model, options)
-        self.input = NetworkInput(
-            tuple(self.config["input_size"]),
-            self.config["interpolation"],
-            self.config["crop_pct"],
-            self.config["crop_mode"],
-            options.max_pixels,
-        )
+        self.config = preprocessing(options.backbone, options)
+        self.input = network_input(self.config, options.max_pixels)
         self.mean = 255 * torch.tensor(self.config["mean"], device=device).view(1, 3, 1, 1)
         self.std = 255 * torch.tensor(self.config["std"], device=device).view(1, 3, 1, 1)
         self._check_size()
@@ -70,14 +67,44 @@ class Network:
         return {key: self.config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
 
 
-def build_backbone(options: EmbedOptions) -> torch.nn.Module:
-    """Return the timm backbone with the weights asked for and no classifier.
+class Overrides(Protocol):
+    """What `preprocessing` reads of options or of a model's setup; None is the model's own."""
 
-    `weights`: a file; `hub` downloads timm's own; `random` leaves them as initialised (seeded), for tests of speed.
-    """
+    @property
+    def image_size(self) -> int | None:
+        """Side in px."""
+
+    @property
+    def mean(self) -> tuple[float, ...] | None:
+        """Of pixels in 0..1."""
+
+    @property
+    def std(self) -> tuple[float, ...] | None:
+        """Of pixels in 0..1."""
+
+    @property
+    def interpolation(self) -> str | None:
+        """Resize filter."""
+
+    @property
+    def crop_pct(self) -> float | None:
+        """Share of the resized image that the crop keeps."""
+
+    @property
+    def crop_mode(self) -> str | None:
+        """How it is cropped."""
+
+
+def network_input(config: dict[str, Any], max_pixels: int) -> NetworkInput:
+    """Return how images are prepared by a `preprocessing`."""
+    size = tuple(config["input_size"])
+    return NetworkInput(size, config["interpolation"], config["crop_pct"], config["crop_mode"], max_pixels)
+
+
+def check_name(name: str) -> None:
+    """Raise InputError for a name of a network, or of its weights, that timm does not know."""
     import timm
 
-    name = options.backbone
     if not timm.is_model(name.split(".")[0]):
         import difflib
 
@@ -90,25 +117,50 @@ def build_backbone(options: EmbedOptions) -> torch.nn.Module:
         raise InputError(
             f"unknown weights {tag!r} of backbone {base!r}{nearest(tag, tags)} (one of: {', '.join(tags) or 'none'})"
         )
-    arguments = {key: _literal(value) for key, value in parse_pairs(options.model_option, "--model-option").items()}
-    torch.manual_seed(0)
+
+
+def create_network(name: str, pretrained: bool, model_option: Sequence[str], **fixed: Any) -> torch.nn.Module:
+    """Return a timm network, with timm's own weights if `pretrained`, built from the user's arguments and the fixed ones.
+
+    Raises InputError for a name, an argument or weights that can't be had.
+    """
+    import timm
+
+    check_name(name)
+    arguments = {key: _literal(value) for key, value in parse_pairs(model_option, "--model-option").items()} | fixed
     try:
-        model: torch.nn.Module = timm.create_model(name, pretrained=options.weights == "hub", num_classes=0, **arguments)
+        model: torch.nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
     except (TypeError, ValueError) as error:
         raise InputError(f"backbone {name!r} cannot be built with {arguments}: {error}") from error
     except (OSError, RuntimeError) as error:
-        if options.weights != "hub":
+        if not pretrained:
             raise
         reason = first_line(error)
         raise InputError(f"the weights of {name!r} cannot be fetched from the hub ({reason}): pass --weights FILE") from error
+    return model
+
+
+def build_backbone(options: EmbedOptions) -> torch.nn.Module:
+    """Return the timm backbone with the weights asked for and no classifier.
+
+    `weights`: a file; `hub` downloads timm's own; `random` leaves them as initialised (seeded), for tests of speed.
+    """
+    torch.manual_seed(0)
+    model = create_network(options.backbone, options.weights == "hub", options.model_option, num_classes=0)
     if options.weights not in NO_FILE:
         load_backbone(model, options.weights)
-    resize: Any = getattr(model, "set_input_size", None)
-    if options.image_size and resize is not None:  # vision transformers resample their position embeddings
-        resize(img_size=(options.image_size, options.image_size))
-    if options.pooling == "cls" and getattr(model, "cls_token", None) is None:
-        raise InputError(f"backbone {name!r} has no class token: --pooling mean or model")
+    resize(model, options.image_size)
     return model
+
+
+def resize(model: torch.nn.Module, side_px: int | None) -> None:
+    """Make a network take images of a side in px where that is its own matter.
+
+    Vision transformers resample their position embeddings.
+    """
+    change: Any = getattr(model, "set_input_size", None)
+    if side_px and change is not None:
+        change(img_size=(side_px, side_px))
 
 
 def _literal(value: str) -> Any:
@@ -121,14 +173,16 @@ def _literal(value: str) -> Any:
         return value
 
 
-def preprocessing(model: torch.nn.Module, options: EmbedOptions) -> dict[str, Any]:
-    """Return the model's own preprocessing (timm's data config) with the overrides in `options`.
+def preprocessing(name: str, options: Overrides) -> dict[str, Any]:
+    """Return a network's own preprocessing (timm's data config) with the overrides in `options`.
 
-    Raises InputError for a mean or std that does not have three values.
+    Raises InputError for an unknown name, and for a mean or std that does not have three values.
     """
-    from timm.data import resolve_model_data_config
+    import timm
+    from timm.data import resolve_data_config
 
-    config: dict[str, Any] = dict(resolve_model_data_config(model))
+    check_name(name)
+    config: dict[str, Any] = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
     if options.image_size:
         config["input_size"] = (3, options.image_size, options.image_size)
     for name in ("mean", "std"):

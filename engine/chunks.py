@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from engine.arrays import Ints
 from engine.decode import BadImageError, decode
 from engine.inputs import Input, Pixels
 from engine.phash import SIDE_PX, phash
 from engine.places import Place
 from engine.retry import WAITS_S, is_final
 from engine.schema import InputError, RunError, first_line
-from engine.sources import Pool, Sample, load_pool, read
+from engine.sources import Pool, Sample, load_pool, read_rows
 
 CHUNK_BYTES = 64 << 20
 """Pixels in a chunk, at most, unless a single image has more."""
@@ -90,7 +91,7 @@ def chunk_rows(batch: int, inputs: Iterable[Input]) -> int:
 
 
 @functools.lru_cache(maxsize=2)
-def _pool(listing: str, digest: str, addresses: tuple[str, str] | None) -> Pool:
+def listed_pool(listing: str, digest: str, addresses: tuple[str, str] | None) -> Pool:
     """Return the pool that is listed at a place; `digest` tells it from one that stood there before."""
     pool = load_pool(Place(listing))
     return replace(pool, address=addresses[0], base=addresses[1]) if addresses else pool
@@ -98,29 +99,29 @@ def _pool(listing: str, digest: str, addresses: tuple[str, str] | None) -> Pool:
 
 def open_listing(recipe: Recipe) -> Pool:
     """Return the pool that a recipe is for, loaded once a process."""
-    return _pool(recipe.listing, recipe.digest, recipe.addresses)
+    return listed_pool(recipe.listing, recipe.digest, recipe.addresses)
 
 
-def pool_samples(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
-    """Yield the samples of pool rows [start, stop); go on at the same row where an object store was away for a while.
+def pool_samples(pool: Pool, rows: Ints) -> Iterator[Sample]:
+    """Yield the samples of ascending pool rows; go on at the same row where an object store was away for a while.
 
     What happens to single files is the source's business: this is for containers. Raises RunError where a container
     cannot be read in the end.
     """
-    at, tries = start, 0
+    at, tries = 0, 0
     while True:
         try:
-            for sample in read(pool, at, stop):
+            for sample in read_rows(pool, rows[at:]):
                 yield sample
-                at, tries = sample.row + 1, 0
+                at, tries = at + 1, 0
             return
         except (OSError, InputError) as error:
             cause = error if isinstance(error, OSError) else error.__cause__
             passing = Place(pool.address).remote and isinstance(cause, OSError) and not is_final(cause)
             if not passing or tries == len(WAITS_S):
                 raise RunError(
-                    f"row {at} of pool {pool.uri!r} cannot be read: {first_line(error)}. Finished parts are kept: run the "
-                    "same command again once it can"
+                    f"row {rows[at]} of pool {pool.uri!r} cannot be read: {first_line(error)}. Finished parts are kept: run "
+                    "the same command again once it can"
                 ) from error
             time.sleep(WAITS_S[tries])
             tries += 1
@@ -147,7 +148,8 @@ def _decoded(sample: Sample, recipe: Recipe) -> tuple[Item, list[Pixels]]:
 def decode_chunk(recipe: Recipe, start: int, stop: int) -> Chunk:
     """Return the chunk of pool rows [start, stop), read and decoded here."""
     chunk, stacks = Chunk(), [list[Pixels]() for _ in recipe.inputs]
-    samples, began = pool_samples(open_listing(recipe), start, stop), time.perf_counter()
+    rows = np.arange(start, stop, dtype=np.int64)
+    samples, began = pool_samples(open_listing(recipe), rows), time.perf_counter()
     for sample in samples:
         given = time.perf_counter()
         item, pixels = _decoded(sample, recipe)

@@ -141,7 +141,7 @@ def compare(options: CompareOptions, progress: Progress = no_progress) -> dict[s
     results.parquet with every single value.
     """
     check_metrics(options.metrics, options.test)
-    store = FeatureStore(options.features)
+    store = FeatureStore.of_vectors(options.features)
     entrants = [_entrant(spec) for spec in _specs(options.strategies)]
     for entrant in entrants:
         check_vectors(entrant.strategy, store)

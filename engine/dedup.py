@@ -214,7 +214,7 @@ def dedup(options: DedupOptions, progress: Progress = no_progress) -> dict[str, 
     excluded.parquet (row, id, kept_row, similarity) in row order; ids.txt and indices.json, the excluded images' ids and
     pool rows, as `select --exclude` takes them. Raises InputError for unusable input.
     """
-    store = FeatureStore(options.features)
+    store = FeatureStore.of_vectors(options.features)
     if store.vectors_per_image > 1:
         raise InputError(f"{store.place.uri} has several vectors an image (patterns): dedup takes one")
     clusters = default_clusters(store.num_vectors) if options.clusters is None else options.clusters

@@ -19,8 +19,10 @@ import pyarrow.parquet as pq
 
 from engine import session
 from engine.backbones import NO_FILE
+from engine.checkpoints import Checkpoint
 from engine.encoders import Encoder, build_encoders, encoder_names
 from engine.folders import Claim, now, read_manifest, read_run, sha256_of
+from engine.models import check_checkpoint
 from engine.parts import REJECTED, finished_parts, rejected_rows
 from engine.pipeline import STAGES, Stores, Todo, in_process, on_ray
 from engine.places import Place
@@ -99,6 +101,8 @@ def _inputs(options: EmbedOptions, pool: Pool) -> dict[str, Any]:
         if not weights.exists():
             raise InputError(f"weights file {options.weights!r} does not exist")
         inputs["weights"] = sha256_of(weights)
+    if options.checkpoint is not None:
+        inputs["checkpoint"] = Checkpoint(options.checkpoint).digest(options.best)
     return inputs
 
 
@@ -114,10 +118,11 @@ def _claims(options: EmbedOptions, inputs: dict[str, Any]) -> list[Store]:
             f"{out.uri} is a {itself['kind']} folder itself: several encoders write folders below --out, choose another"
         )
     reads = [options.pool, *([] if options.weights in NO_FILE else [options.weights])]
+    reads += [] if options.checkpoint is None else [options.checkpoint]
     stores = []
     for name in names:
         identity = result_options(replace(options, encoder=name))
-        if "weights" in inputs:
+        if "weights" in inputs or "checkpoint" in inputs:
             del identity["weights"]
         place = out if len(names) == 1 else out.at(name)
         claim = Claim.of(place, "features", inputs, identity, options.overwrite, reads)
@@ -177,6 +182,8 @@ def _encode_missing(
 
 def _publish(store: Store, options: EmbedOptions, pool: Pool, encoder: Encoder, spent: dict[str, Any]) -> dict[str, Any]:
     num_rejected = _check_rejected(store, options, pool.num_rows)
+    from_checkpoint = {"checkpoint": options.checkpoint, "best": options.best}
+    weights = {"weights": options.weights} if options.checkpoint is None else from_checkpoint
     return publish_features(
         store.place,
         list(store.entries.values()),
@@ -189,7 +196,7 @@ def _publish(store: Store, options: EmbedOptions, pool: Pool, encoder: Encoder, 
             "dtype": options.dtype,
             "class_names": list(pool.class_names) if pool.class_names else None,
             "pool": {"uri": pool.uri, "kind": pool.kind, **pool.left_out},
-            "encoder": {"name": store.name, "weights": options.weights, **encoder.describe()},
+            "encoder": {"name": store.name, **weights, **encoder.describe()},
             "time": spent,
         },
     )
@@ -203,6 +210,7 @@ def embed_all(options: EmbedOptions, progress: Progress = no_progress) -> list[d
     pool row. Raises InputError for unusable input, RunError when too many images are bad, or a place can't be reached.
     """
     names = encoder_names(options.encoder)
+    check_checkpoint(options)
     parse_workers(options.workers)
     parse_decode_workers(options.decode_workers)
     with reached(options.pool):

@@ -15,16 +15,15 @@ import numpy.typing as npt
 import torch
 
 from engine.arrays import Ints
-from engine.backbones import Network
 from engine.inputs import Input, Pixels, SquareInput
+from engine.models import Models
 from engine.patterns import Clustering, kept, map_features, patterns, transformer_features
+from engine.predictors import DetectionsEncoder, ProbsEncoder
 from engine.schema import InputError, lookup
 from engine.store import PATTERNS
 from engine.verbs import EmbedOptions
 
 Vectors = npt.NDArray[np.float32]
-GetNetwork = Callable[[], Network]
-"""Gives the one network that the encoders of a command share; encoders without one never call it."""
 
 
 class Encoder(Protocol):
@@ -35,10 +34,11 @@ class Encoder(Protocol):
     vectors_per_image: int
     input: Input
 
-    def encode(self, batch: Pixels, rows: Ints) -> Vectors | list[Vectors]:
-        """Return (len(batch), dim) float32 vectors, or, for the column `patterns`, (k, dim) for each image.
+    def encode(self, batch: Pixels, rows: Ints, sizes: Ints) -> Vectors | list[Vectors]:
+        """Return (len(batch), dim) float32 vectors, or, for the columns `patterns` and `detections`, (k, dim) for each image.
 
-        `rows` (len(batch),) are the images' pool rows, for an encoder that draws; 1 <= k <= vectors_per_image.
+        `rows` (len(batch),) are the images' pool rows, for an encoder that draws, `sizes` (len(batch), 2) their width and
+        height in px as stored. Patterns: 1 <= k <= vectors_per_image; detections: any k.
         """
 
     def describe(self) -> dict[str, Any]:
@@ -51,12 +51,12 @@ class PixelsEncoder:
     column = "embedding"
     vectors_per_image = 1
 
-    def __init__(self, options: EmbedOptions, network: GetNetwork) -> None:
+    def __init__(self, options: EmbedOptions, models: Models) -> None:
         self.input: Input = SquareInput(options.pixels_size)
         self.side_px = options.pixels_size
         self.dim = 3 * self.side_px**2
 
-    def encode(self, batch: Pixels, rows: Ints) -> Vectors:
+    def encode(self, batch: Pixels, rows: Ints, sizes: Ints) -> Vectors:
         return batch.astype(np.float32) / np.float32(255)
 
     def describe(self) -> dict[str, Any]:
@@ -69,14 +69,16 @@ class EmbeddingEncoder:
     column = "embedding"
     vectors_per_image = 1
 
-    def __init__(self, options: EmbedOptions, network: GetNetwork) -> None:
-        self.network = network()
+    def __init__(self, options: EmbedOptions, models: Models) -> None:
+        self.network = models.network
         self.input: Input = self.network.input
         self.pooling = options.pooling
+        if self.pooling == "cls" and getattr(self.network.model, "cls_token", None) is None:
+            raise InputError(f"backbone {self.network.options.backbone!r} has no class token: --pooling mean or model")
         self.dim = int(self.network.run(self._pool, self.network.probe).shape[-1])
         self.forward = self.network.compiled(self._pool)
 
-    def encode(self, batch: Pixels, rows: Ints) -> Vectors:
+    def encode(self, batch: Pixels, rows: Ints, sizes: Ints) -> Vectors:
         vectors: Vectors = self.network.run(self.forward, batch).float().cpu().numpy()
         return vectors
 
@@ -101,18 +103,18 @@ class PatternsEncoder:
 
     column = PATTERNS
 
-    def __init__(self, options: EmbedOptions, network: GetNetwork) -> None:
-        self.network = network()
+    def __init__(self, options: EmbedOptions, models: Models) -> None:
+        self.network = models.network
         self.input: Input = self.network.input
         self.ratio = options.attention_ratio
         self.clustering = Clustering(options.num_patterns, options.pattern_metric, options.seed)
         self.vectors_per_image = options.num_patterns
-        local = _local_features(self.network.model, options.backbone)
+        local = _local_features(self.network.model, self.network.options.backbone)
         features, _ = self.network.run(local, self.network.probe)
         self.dim = int(features.shape[-1])
         self.forward = self.network.compiled(local)
 
-    def encode(self, batch: Pixels, rows: Ints) -> list[Vectors]:
+    def encode(self, batch: Pixels, rows: Ints, sizes: Ints) -> list[Vectors]:
         features, weights = self.network.run(self.forward, batch)
         return patterns(features.float(), kept(weights.float(), self.ratio), rows, self.clustering)
 
@@ -150,10 +152,12 @@ def _local_features(model: Any, name: str) -> Callable[[torch.Tensor], tuple[tor
     return of_maps
 
 
-ENCODERS: dict[str, Callable[[EmbedOptions, GetNetwork], Encoder]] = {
+ENCODERS: dict[str, Callable[[EmbedOptions, Models], Encoder]] = {
     "embedding": EmbeddingEncoder,
     "patterns": PatternsEncoder,
     "pixels": PixelsEncoder,
+    "probs": ProbsEncoder,
+    "detections": DetectionsEncoder,
 }
 
 
@@ -168,9 +172,12 @@ def encoder_names(text: str) -> tuple[str, ...]:
 
 
 def build_encoders(options: EmbedOptions, device: str) -> dict[str, Encoder]:
-    """Return the encoders that `options.encoder` names, by name, on a device ('cpu', 'cuda'), with one network for all."""
-    network = functools.cache(lambda: Network(options, device))
-    return {name: ENCODERS[name](options, network) for name in encoder_names(options.encoder)}
+    """Return the encoders that `options.encoder` names, by name, on a device ('cpu', 'cuda'), with one network for all.
+
+    Raises InputError for a model that can't be had, and an encoder that can't have it.
+    """
+    models = Models(options, device)
+    return {name: ENCODERS[name](options, models) for name in encoder_names(options.encoder)}
 
 
 @functools.cache

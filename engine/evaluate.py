@@ -19,6 +19,7 @@ from engine.arrays import Ints
 from engine.blocks import Block, merge_smallest, smallest
 from engine.canonical import normalize
 from engine.draws import random_keys
+from engine.evaluate_model import FOR_MODELS, evaluate_model, given_of, is_checkpoint
 from engine.folders import Claim, publish
 from engine.nearest import nearest, nearest_sqdist
 from engine.placement import open_shards
@@ -51,7 +52,7 @@ Result = tuple[str, float | None, str]
 
 def read_test(uri: str, store: FeatureStore) -> Labelled:
     """Open a labelled test store; raises InputError when its dimension, classes or labels don't fit `store`."""
-    test = FeatureStore(uri)
+    test = FeatureStore.of_vectors(uri)
     if test.dim != store.dim:
         raise InputError(f"{uri} has vectors of {test.dim} floats, {store.place.uri} of {store.dim}: embed both the same way")
     if test.class_names and store.class_names and test.class_names != store.class_names:
@@ -188,9 +189,16 @@ def check_metrics(metrics: tuple[str, ...], test: str | None) -> None:
 
 
 def evaluate(options: EvaluateOptions, progress: Progress = no_progress) -> list[dict[str, Any]]:
-    """Measure a selection; return [{metric, value, note}], and publish it as metrics/ if `out` is given."""
+    """Measure a selection, or a checkpoint; return [{metric, value, note}], and publish it as metrics/ if `out` is given."""
+    if is_checkpoint(options.subject):
+        return evaluate_model(options, progress)
+    given = given_of(options, FOR_MODELS)
+    if given:
+        raise InputError(f"{', '.join(given)}: for checkpoints, and {options.subject} is none; leave that out")
+    store = FeatureStore.of_vectors(options.subject)
+    if options.selection is None:
+        raise InputError(f"{options.subject} holds features: give --selection DIR, what was selected from them")
     check_metrics(options.metrics, options.test)
-    store = FeatureStore(options.features)
     selection = read_selection(options.selection, store)
     test = read_test(options.test, store) if options.test else None
     place = Place(options.out) if options.out else None
@@ -201,8 +209,9 @@ def evaluate(options: EvaluateOptions, progress: Progress = no_progress) -> list
             "selection": selection.manifest["digest"],
             "test": FeatureStore(options.test).digest if options.test else None,
         }
-        reads = [uri for uri in (options.features, options.selection, options.test) if uri]
-        claim = Claim.of(place, "metrics", inputs, result_options(options), options.overwrite, reads)
+        reads = [uri for uri in (options.subject, options.selection, options.test) if uri]
+        identity = {name: value for name, value in result_options(options).items() if name not in FOR_MODELS}
+        claim = Claim.of(place, "metrics", inputs, identity, options.overwrite, reads)
         published = claim.published()
         if published is not None:
             return list(published["metrics"])

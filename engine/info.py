@@ -13,12 +13,24 @@ from engine.sources import open_pool
 from engine.store import FeatureStore, part_rows
 
 SHOWN = {
-    "features": ("num_rows", "num_vectors", "num_rejected", "num_labeled", "dim", "dtype", "block_rows", "encoder", "pool"),
+    "features": (
+        "num_rows",
+        "num_vectors",
+        "num_detections",
+        "num_rejected",
+        "num_labeled",
+        "dim",
+        "dtype",
+        "block_rows",
+        "encoder",
+        "pool",
+    ),
     "selection": ("features", "num_rows", "num_picks", "num_labeled", "num_excluded", "objective", "options"),
     "dedup": ("features", "num_rows", "num_vectors", "num_clusters", "num_excluded", "num_kept", "options"),
     "metrics": ("metrics",),
     "comparison": ("num_cells", "options"),
-    "images": ("num_images",),
+    "images": ("num_images", "class_names"),
+    "checkpoint": ("model", "metrics", "steps", "epochs", "num_images"),
 }
 """What is told of each kind of folder, beside its state, digest, versions and times."""
 

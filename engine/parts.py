@@ -16,7 +16,9 @@ from engine.folders import digest_of, sha256_of
 from engine.places import Place
 from engine.schema import RunError
 from engine.store import (
+    DETECTIONS,
     PATTERNS,
+    detections_array,
     labels_numpy,
     part_bytes,
     part_name,
@@ -27,6 +29,8 @@ from engine.store import (
 )
 
 REJECTED = pa.schema([("row", pa.int64()), ("id", pa.string()), ("uri", pa.string()), ("reason", pa.string())])
+LISTS = {PATTERNS: (patterns_array, "num_patterns"), DETECTIONS: (detections_array, "num_detections")}
+"""Columns that hold a list for each image: how they are made, and what the number of entries is called."""
 THREADS = 8
 """Finished parts that are looked at, and hashed, at a time."""
 
@@ -36,13 +40,13 @@ def part_table(
 ) -> pa.Table:
     """Return a part's table of images that are not rejected.
 
-    `vectors` begin with an array of none, (0, d); then come those of batches, one an image, or, for the column `patterns`,
+    `vectors` begin with an array of none, (0, d); then come those of batches, one an image, or, for the columns of LISTS,
     of each image. They are stored as `dtype`. `extra` names and types the pool's further columns. Raises RunError for a
     vector that is not finite as `dtype`; the message names its image.
     """
     with np.errstate(over="ignore"):  # what does not fit is an error of ours, below
         stored = np.concatenate(vectors).astype(dtype)
-    several = column == PATTERNS
+    several = column in LISTS
     counts = np.array([len(own) for own in vectors[1:]] if several else [1] * len(items), dtype=np.int64)
     if not np.isfinite(stored).all():
         first = int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0])
@@ -58,7 +62,7 @@ def part_table(
             "phash": pa.array([item.phash for item in items], pa.uint64()),
             "bytes": pa.array([item.num_bytes for item in items], pa.int64()),
             **{field.name: pa.array([item.extra[field.name] for item in items], field.type) for field in extra},
-            column: patterns_array(stored, counts) if several else vectors_array(stored),
+            column: LISTS[column][0](stored, counts) if several else vectors_array(stored),
         }
     )
 
@@ -74,7 +78,7 @@ def write_part(place: Place, start: int, stop: int, table: pa.Table, items: Sequ
         "start": start,
         "stop": stop,
         "num_vectors": len(table),
-        **({"num_patterns": int(vector_counts(table[PATTERNS]).sum())} if PATTERNS in table.column_names else {}),
+        **{count: int(vector_counts(table[name]).sum()) for name, (_, count) in LISTS.items() if name in table.column_names},
         "num_labeled": int((labels_numpy(table["label"]) >= 0).sum()),
         "num_rejected": len(rejected),
     }

@@ -24,10 +24,11 @@ from engine.parts import part_table, write_part
 from engine.places import Place
 from engine.schema import InputError, RunError, parse_decode_workers, parse_workers
 from engine.sources.pool import NO_SUCH_FILE, UNREADABLE, Sample
-from engine.store import MIN_PART_ROWS
+from engine.store import DETECTIONS, MIN_PART_ROWS
 from engine.verbs import EmbedOptions
 
 DEFAULT_BATCH = {"cpu": 16, "cuda": 256}
+DETECTOR_BATCH = {"cpu": 4, "cuda": 16}
 STAGES = ("read_s", "decode_s", "wait_s", "encode_s", "write_s")
 """What a part's seconds went to. Decoding ahead overlaps with encoding: the encoder stood still for `wait_s` of it."""
 
@@ -93,7 +94,7 @@ class PartEncoder:
         torch.set_num_threads(threads)
         self.options, self.stores = options, stores
         self.encoders = build_encoders(options, device)
-        self.batch = options.batch_size or DEFAULT_BATCH[device]
+        self.batch = options.batch_size or (DETECTOR_BATCH if DETECTIONS in self.encoders else DEFAULT_BATCH)[device]
         inputs = tuple(dict.fromkeys(encoder.input for encoder in self.encoders.values()))
         self.recipe = Recipe(stores.listing, stores.digest, inputs, options.max_pixels, options.draft, stores.addresses)
         self.pool = open_listing(self.recipe)
@@ -141,8 +142,8 @@ class PartEncoder:
         made.finish(inputs)
         done = time.perf_counter()
         spent["encode_s"] += done - began
-        before = range(max(0, todo.stop - MIN_PART_ROWS), todo.start)
-        check_readable(made.items, self.pool.uri, pool_samples(self.pool, before.start, before.stop) if before else ())
+        before = np.arange(max(0, todo.stop - MIN_PART_ROWS), todo.start)
+        check_readable(made.items, self.pool.uri, pool_samples(self.pool, before))
         entries = {name: self._write(todo, name, encoder, made) for name, encoder in encoders.items()}
         spent["write_s"] = time.perf_counter() - done
         return {"start": todo.start, "stop": todo.stop, "stores": entries, "spent": spent}
@@ -167,6 +168,7 @@ class _Made:
         self.encoders, self.batch, self.padded = encoders, batch, padded
         self.items: list[Item] = []
         self.rows: list[int] = []
+        self.sizes: list[tuple[int, int]] = []
         self.vectors: dict[str, list[npt.NDArray[np.float32]]] = {
             name: [np.empty((0, encoder.dim), np.float32)] for name, encoder in encoders.items()
         }
@@ -176,7 +178,9 @@ class _Made:
     def add(self, chunk: Chunk, inputs: Sequence[Any]) -> None:
         """Take a chunk, whose pixels are those of `inputs`; encode the batches that it fills."""
         self.items += chunk.items
-        self.rows += [item.row for item in chunk.items if item.reason is None]
+        good = [item for item in chunk.items if item.reason is None]
+        self.rows += [item.row for item in good]
+        self.sizes += [item.size for item in good]
         for given, pixels in zip(inputs, chunk.pixels, strict=True):
             for batch in self.batches[given].add(pixels):
                 self._encode(given, batch)
@@ -192,13 +196,15 @@ class _Made:
         first, count = self.encoded[given], len(batch)
         self.encoded[given] += count
         rows = np.array(self.rows[first : first + count], dtype=np.int64)
+        sizes = np.array(self.sizes[first : first + count], dtype=np.int64)
         if self.padded and count < self.batch:  # a compiled network has one shape: its kernels are the same for all
             missing = self.batch - count
             batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
             rows = np.concatenate([rows, np.repeat(rows[-1:], missing)])
+            sizes = np.concatenate([sizes, np.repeat(sizes[-1:], missing, axis=0)])
         for name, encoder in self.encoders.items():
             if encoder.input == given:
-                found = encoder.encode(batch, rows)
+                found = encoder.encode(batch, rows, sizes)
                 self.vectors[name] += found[:count] if isinstance(found, list) else [found[:count]]
 
 
@@ -256,8 +262,9 @@ def on_ray(options: EmbedOptions, stores: Stores, todo: Sequence[Todo]) -> Itera
     who = crew(options, len(todo), session.cpus(), session.gpus())
     rows = [{"start": part.start, "stop": part.stop, "encoders": ",".join(part.encoders)} for part in todo]
     weights = options.weights if options.weights in NO_FILE else Place(options.weights).absolute
+    checkpoint = options.checkpoint and Place(options.checkpoint).absolute
     arguments = {
-        "options": replace(options, weights=weights),
+        "options": replace(options, weights=weights, checkpoint=checkpoint),
         "stores": stores,
         "device": "cuda" if who.gpus else "cpu",
         "decode_tasks": who.decode_tasks,

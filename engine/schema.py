@@ -85,10 +85,10 @@ class Field:
 
 
 def fields_of(options: type[Any]) -> list[Field]:
-    """Return the declared options of a dataclass, in order."""
+    """Return the declared options of a dataclass, in order: its own, then those that it shares with others."""
     hints = typing.get_type_hints(options, include_extras=True)
     found = []
-    for field in dataclasses.fields(options):
+    for field in sorted(dataclasses.fields(options), key=lambda field: field.name not in options.__annotations__):
         hint = hints[field.name]
         base, opt = hint, Opt(help="")
         if typing.get_origin(hint) is typing.Annotated:

@@ -19,10 +19,18 @@ from engine.retry import patiently
 from engine.schema import BLOCK_ROWS, InputError
 
 PATTERNS = "patterns"
-"""The column that holds a list of vectors for each image; any other holds one."""
+"""The column that holds a list of vectors for each image."""
+DETECTIONS = "detections"
+"""The column that holds a list of boxes for each image, which may be empty; any other holds one vector."""
+BOX_VALUES = 6
+"""Of a box before it is stored: x, y, width, height, score, class."""
+DETECTION = pa.struct(
+    [("label", pa.int64()), *((name, pa.float32()) for name in ("x", "y", "width", "height", "score"))],
+)
+"""A stored box: the class, an index into the model's class names; px from the top left corner of the image as stored."""
 OWN_COLUMNS = ("row", "id", "label", "width", "height", "phash", "bytes")
 """The columns of every part that `embed` writes, beside its pool's and its vectors."""
-TAKEN = frozenset((*OWN_COLUMNS, "embedding", PATTERNS))
+TAKEN = frozenset((*OWN_COLUMNS, "embedding", "probs", PATTERNS, DETECTIONS))
 """Names that a pool's further columns may not have."""
 PARTS_WANTED = 64
 """Small pools are cut into about this many parts, so that a handful of actors share them evenly."""
@@ -77,6 +85,22 @@ def patterns_array(values: npt.NDArray[Any], counts: npt.NDArray[np.int64]) -> p
     """Return (v, d) values as an Arrow column of lists of vectors: the next counts[i] of them are image i's."""
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), vectors_array(values))
+
+
+def detections_array(values: npt.NDArray[np.float32], counts: Ints) -> pa.ListArray:
+    """Return (v, 6) boxes as an Arrow column of lists of DETECTION: the next counts[i] of them are image i's."""
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    *sides, label = np.ascontiguousarray(values.T)
+    fields = [pa.array(label.astype(np.int64)), *(pa.array(side) for side in sides)]
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.StructArray.from_arrays(fields, fields=list(DETECTION)))
+
+
+def detections_numpy(column: pa.ChunkedArray) -> list[npt.NDArray[np.float32]]:
+    """Return the boxes of each image of a column of them, (m, 6) as they were before they were stored."""
+    boxes = column.combine_chunks().flatten()
+    names = ("x", "y", "width", "height", "score", "label")
+    table = np.stack([boxes.field(name).to_numpy().astype(np.float32) for name in names], axis=1)
+    return np.split(table, np.cumsum(vector_counts(column))[:-1]) if len(column) else []
 
 
 def vectors_numpy(column: pa.ChunkedArray) -> npt.NDArray[Any]:
@@ -146,6 +170,14 @@ class FeatureStore:
         self.block_rows: int = manifest["block_rows"]
         self.digest: str = manifest["digest"]
         self.class_names: list[str] | None = manifest["class_names"]
+
+    @classmethod
+    def of_vectors(cls, uri: str) -> FeatureStore:
+        """Open a store that holds vectors; raises InputError for one that holds boxes."""
+        store = cls(uri)
+        if store.column == DETECTIONS:
+            raise InputError(f"{uri} holds the boxes that a detector found, not vectors: embed the pool by another encoder")
+        return store
 
     def _why_not(self, uri: str) -> str:
         if not self.place.exists():
@@ -260,6 +292,10 @@ class FeatureStore:
         return [str(name) for name in out]
 
 
+def _totals(parts: list[dict[str, Any]], count: str) -> dict[str, int]:
+    return {count: sum(part[count] for part in parts)} if parts and count in parts[0] else {}
+
+
 def publish_features(place: Place, parts: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
     """Publish a features/ folder from its finished parts (name, start, stop, num_vectors, num_labeled, sha256, bytes)."""
     ordered = sorted(parts, key=lambda part: part["start"])
@@ -271,6 +307,7 @@ def publish_features(place: Place, parts: list[dict[str, Any]], facts: dict[str,
             "num_vectors": sum(part["num_vectors"] for part in ordered),
             "num_labeled": sum(part["num_labeled"] for part in ordered),
             "vectors_per_image": 1,
+            **_totals(ordered, "num_detections"),
             "block_rows": BLOCK_ROWS,
             **facts,
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -72,6 +73,26 @@ def unwrap(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
+def misfit(state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> str:
+    """Return which weights of a model are missing, unexpected or of another shape, up to five of each; empty if all fit."""
+    return told(
+        wanted.keys() - state.keys(),
+        state.keys() - wanted.keys(),
+        (key for key in state.keys() & wanted.keys() if state[key].shape != wanted[key].shape),
+    )
+
+
+def told(missing: Iterable[str], unexpected: Iterable[str], shape: Iterable[str]) -> str:
+    """Return weights that don't fit as a text: how many of each, and the names of up to five."""
+    problems = []
+    for word, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shape)):
+        keys = sorted(found)
+        if keys:
+            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+            problems.append(f"{len(keys)} {word}: {', '.join(keys[:5])}{more}")
+    return "; ".join(problems)
+
+
 def load_backbone(model: torch.nn.Module, uri: str) -> None:
     """Load a weights file into a backbone that has no classifier.
 
@@ -80,16 +101,8 @@ def load_backbone(model: torch.nn.Module, uri: str) -> None:
     state = unwrap(read_state(uri))
     wanted = model.state_dict()
     state = {key: value for key, value in state.items() if key in wanted or not key.startswith(HEADS)}
-    optional = {key for key in wanted if key.endswith("num_batches_tracked")}
-    problems = []
-    for word, keys in (
-        ("missing", sorted(wanted.keys() - state.keys() - optional)),
-        ("unexpected", sorted(state.keys() - wanted.keys())),
-        ("of another shape", sorted(k for k in state.keys() & wanted.keys() if state[k].shape != wanted[k].shape)),
-    ):
-        if keys:
-            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-            problems.append(f"{len(keys)} {word}: {', '.join(keys[:5])}{more}")
+    optional = {key: value for key, value in wanted.items() if key.endswith("num_batches_tracked")}
+    problems = misfit({**optional, **state}, wanted)
     if problems:
-        raise InputError(f"weights file {uri!r} does not fit the backbone ({'; '.join(problems)})")
+        raise InputError(f"weights file {uri!r} does not fit the backbone ({problems})")
     model.load_state_dict(state, strict=False)

@@ -2,13 +2,14 @@
 
 import io
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from engine.schema import InputError
-from engine.sources import open_pool, read
+from engine.sources import ids_of, open_pool, read, read_rows
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -25,7 +26,13 @@ def value_of(sample):
 
 
 def everything(pool):
-    return list(read(pool, 0, pool.num_rows))
+    """Every sample of a pool; some of its rows, and its ids alone, must be the same."""
+    samples = list(read(pool, 0, pool.num_rows))
+    for rows in (np.arange(0, pool.num_rows, 2), np.array([0, pool.num_rows - 1])[: pool.num_rows]):
+        assert list(read_rows(pool, rows)) == [samples[row] for row in rows]
+    ids = [name for batch in ids_of(pool) for name in batch.to_pylist()]
+    assert ids == [sample.id for sample in samples]
+    return samples
 
 
 def make_folder(folder, names):

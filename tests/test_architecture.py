@@ -12,14 +12,21 @@ FLOORS = [
     {"engine", "engine.masks"},
     {"engine.schema", "engine.arrays"},
     {"engine.verbs", "engine.decode", "engine.canonical", "engine.draws", "engine.products", "engine.retry", "engine.phash"},
-    {"engine.nearest", "engine.blocks", "engine.places", "engine.session"},
+    {"engine.nearest", "engine.blocks", "engine.places", "engine.session", "engine.pictures"},
     {"engine.folders"},
     {"engine.store"},
-    {"engine.shards", "engine.sources", "engine.weights", "engine.patterns", "engine.inputs"},
-    {"engine.backbones", "engine.chunks"},
-    {"engine.encoders", "engine.parts"},
+    {"engine.shards", "engine.sources", "engine.weights", "engine.patterns", "engine.inputs", "engine.selections"},
+    {"engine.backbones", "engine.chosen", "engine.chunks", "engine.classes", "engine.images"},
+    {"engine.labels"},
+    {"engine.records", "engine.tasks"},
+    {"engine.checkpoints", "engine.gather"},
+    {"engine.models"},
+    {"engine.predictors"},
+    {"engine.encoders", "engine.parts", "engine.recipes"},
     {"engine.runner", "engine.placement", "engine.pipeline"},
-    {"engine.embed", "engine.ingest", "engine.select"},
+    {"engine.embed", "engine.ingest", "engine.select", "engine.training"},
+    {"engine.predict", "engine.finetune"},
+    {"engine.evaluate_model"},
     {"engine.evaluate", "engine.dedup"},
     {"engine.compare", "engine.info", "engine.verify"},
     {"engine.demo"},
@@ -41,24 +48,24 @@ IN_SELECT = {
 """What a method may see, beside other methods."""
 
 ONLY_THERE = {
-    "ray": {"engine.session", "engine.shards", "engine.chunks", "engine.pipeline"},
-    "timm": {"engine.backbones", "engine.encoders", "engine.inputs"},
+    "ray": {"engine.session", "engine.shards", "engine.chunks", "engine.pipeline", "engine.gather", "engine.training.launch"},
+    "timm": {
+        "engine.backbones",
+        "engine.encoders",
+        "engine.inputs",
+        "engine.tasks.augment",
+        "engine.tasks.classifier",
+        "engine.training.loop",
+        "engine.training.rates",
+    },
     "typer": {"cli.main", "cli.options"},
     "rich": {"cli.output"},
 }
 """Libraries that a few rooms know and no others."""
 
-LIGHT = {
-    "engine",
-    "engine.masks",
-    "engine.schema",
-    "engine.verbs",
-    "cli",
-    "cli.main",
-    "cli.options",
-    "cli.output",
-    "cli.__main__",
-}
+VERBS = {"engine.verbs", "engine.verbs.shared", "engine.verbs.features", "engine.verbs.training"}
+LIGHT = {"engine", "engine.masks", "engine.schema", "engine.session", *VERBS}
+LIGHT |= {"cli", "cli.main", "cli.options", "cli.output", "cli.__main__"}
 """What `coresift --help` loads."""
 
 
@@ -87,7 +94,7 @@ def imports(path: Path, top_level: bool = False) -> set[str]:
 
 def room(module: str) -> str:
     """Return the name under which a module stands in FLOORS: a package is one room."""
-    for package in ("engine.select", "engine.sources", "cli", "jobs"):
+    for package in ("engine.select", "engine.sources", "engine.tasks", "engine.training", "engine.verbs", "cli", "jobs"):
         if module == package or module.startswith(package + "."):
             return package
     return module

@@ -267,6 +267,18 @@ def test_strategies_and_encoders(capsys):
     assert "pixels: The image itself" in capsys.readouterr().out
 
 
+def test_recipes(capsys):
+    said = answers(capsys, ["recipes"])
+    assert {"activeft-deit", "isal-fcos"} <= {recipe["name"] for recipe in said["recipes"]}
+    assert {recipe["task"] for recipe in said["recipes"]} == said["training_options"].keys() - {"all"}
+    assert run(["recipes"]) == 0
+    out = capsys.readouterr().out
+    assert "isal-fcos: FCOS" in out
+    assert "arXiv 2108.09331" in out
+    assert "--option repeats=1" in out
+    assert "milestones=8,11" in out
+
+
 def test_demo(tmp_path, capsys, monkeypatch):
     import sklearn.datasets
 
@@ -287,8 +299,22 @@ def test_demo(tmp_path, capsys, monkeypatch):
 
 
 def test_every_verb_answers_in_json_here():
-    tested = {"embed", "import", "dedup", "select", "evaluate", "compare", "info", "verify", "strategies", "encoders", "demo"}
-    assert set(VERBS) == tested
+    tested = {
+        "embed",
+        "import",
+        "dedup",
+        "select",
+        "evaluate",
+        "compare",
+        "info",
+        "verify",
+        "strategies",
+        "encoders",
+        "recipes",
+        "demo",
+    }
+    elsewhere = {"finetune", "predict"}  # test_finetune.py, test_predict.py
+    assert set(VERBS) == tested | elsewhere
 
 
 # --- verify

@@ -47,10 +47,10 @@ def pool(tmp_path):
 
 def further_columns(monkeypatch, schema):
     """Let pools have the columns of a schema, and samples the values of `extra`."""
-    opened, loaded, read = embed_module.open_pool, chunks_module.load_pool, chunks_module.read
+    opened, loaded, read = embed_module.open_pool, chunks_module.load_pool, chunks_module.read_rows
     monkeypatch.setattr(embed_module, "open_pool", lambda *given: replace(opened(*given), schema=schema))
     monkeypatch.setattr(chunks_module, "load_pool", lambda place: replace(loaded(place), schema=schema))
-    monkeypatch.setattr(chunks_module, "read", lambda *given: (replace(s, extra=extra(s.row)) for s in read(*given)))
+    monkeypatch.setattr(chunks_module, "read_rows", lambda *given: (replace(s, extra=extra(s.row)) for s in read(*given)))
 
 
 def options(pool, out, **given):

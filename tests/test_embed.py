@@ -233,7 +233,7 @@ def test_limits_that_are_none(tmp_path, grey_pool, limit):
 
 def test_a_vector_that_does_not_fit_names_its_image(tmp_path, grey_pool, monkeypatch):
     monkeypatch.setattr(
-        PixelsEncoder, "encode", lambda self, batch, rows: np.where(batch == 70, np.float32(1e5), np.float32(1))
+        PixelsEncoder, "encode", lambda self, batch, rows, sizes: np.where(batch == 70, np.float32(1e5), np.float32(1))
     )
     with pytest.raises(RunError, match=r"not finite as float16 for image 'a/070\.png' \(row 70\)"):
         run(grey_pool, tmp_path / "out", dtype="float16")

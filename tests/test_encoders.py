@@ -41,7 +41,8 @@ def images(n=5):
 
 
 def encode(encoder, pictures):
-    found = encoder.encode(np.stack([encoder.input.prepare(picture) for picture in pictures]), np.arange(len(pictures)))
+    sizes = np.array([picture.size for picture in pictures])
+    found = encoder.encode(np.stack([encoder.input.prepare(picture) for picture in pictures]), np.arange(len(pictures)), sizes)
     return np.concatenate(found) if isinstance(found, list) else found
 
 
@@ -49,7 +50,7 @@ def encode(encoder, pictures):
 
 
 def test_every_encoder_is_tested_here():
-    assert {name for name, _, _ in CASES} | {"patterns"} == set(ENCODERS) == set(encoder_help())  # test_patterns.py
+    assert {name for name, _, _ in CASES} | {"patterns", "probs", "detections"} == set(ENCODERS) == set(encoder_help())
 
 
 @every_case
@@ -95,7 +96,8 @@ def test_a_vector_does_not_depend_on_the_rest_of_its_batch(name, given, dim):
 
 def test_an_unknown_encoder_suggests_the_nearest():
     with pytest.raises(
-        InputError, match=r"unknown encoder 'pixel', did you mean 'pixels'\? \(one of: embedding, patterns, pixels\)"
+        InputError,
+        match=r"unknown encoder 'pixel', did you mean 'pixels'\? \(one of: detections, embedding, patterns, pixels, probs\)",
     ):
         build("pixel")
 
@@ -150,7 +152,7 @@ def test_mean_and_std_shift_and_scale_what_the_model_sees(monkeypatch):
     encoder = build(backbone="test_resnet", image_size=32, mean=(0.0, 0.5, 1.0), std=(1.0, 0.5, 0.25))
     seen = []
     monkeypatch.setattr(encoder, "forward", lambda batch: seen.append(batch) or batch.mean(dim=(2, 3)))
-    values = encoder.encode(np.full((1, 3, 32, 32), 255, np.uint8), np.arange(1))
+    values = encoder.encode(np.full((1, 3, 32, 32), 255, np.uint8), np.arange(1), np.full((1, 2), 32))
     assert values[0].tolist() == pytest.approx([1.0, 1.0, 0.0], abs=1e-6)
     assert seen[0].shape == (1, 3, 32, 32)
 

@@ -25,6 +25,8 @@ from engine.verbs import CompareOptions, EmbedOptions, EvaluateOptions, SelectOp
 
 TINY = {"backbone": "vit_tiny_patch16_224", "weights": "random", "image_size": 64, "model_option": ("depth=3",)}
 
+SIZES = np.full((64, 2), 32)  # of stored images: patterns do not read them
+
 
 def encoder(**given):
     return build_encoders(EmbedOptions(pool="", out="", encoder="patterns", **{**TINY, **given}), "cpu")["patterns"]
@@ -276,7 +278,7 @@ def test_inner_products_are_exact_whole_numbers(p: int, d: int) -> None:
 def test_an_image_gives_what_its_parts_give() -> None:
     made = encoder(num_patterns=3, attention_ratio=0.6, seed=5)
     batch, rows = pixels(4), np.array([3, 9, 10, 40])
-    found = made.encode(batch, rows)
+    found = made.encode(batch, rows, SIZES[: len(rows)])
     with torch.inference_mode():
         scaled = (torch.from_numpy(batch).float() - made.network.mean) / made.network.std
         tokens, attention = transformer_features(made.network.model, scaled)
@@ -294,9 +296,9 @@ def test_an_image_gives_what_its_parts_give() -> None:
 @pytest.mark.parametrize("given", [{}, {"backbone": "test_resnet", "model_option": ()}], ids=["transformer", "convolutions"])
 def test_patterns_do_not_depend_on_the_rest_of_the_batch(given) -> None:
     made, batch, rows = encoder(num_patterns=3, **given), pixels(5), np.arange(5)
-    together = made.encode(batch, rows)
+    together = made.encode(batch, rows, SIZES[: len(rows)])
     for index in range(5):
-        alone = made.encode(batch[index : index + 1], rows[index : index + 1])[0]
+        alone = made.encode(batch[index : index + 1], rows[index : index + 1], SIZES[:1])[0]
         np.testing.assert_allclose(alone, together[index], atol=1e-5 * np.abs(together[index]).max())
 
 
@@ -307,7 +309,7 @@ def test_one_pattern_of_a_map_is_the_mean_of_what_is_kept() -> None:
         maps = made.network.model.forward_features(
             (torch.from_numpy(batch).float() - made.network.mean) / made.network.std
         ).numpy()
-    for found, vectors in zip(made.encode(batch, np.arange(3)), maps.reshape(3, maps.shape[1], -1), strict=True):
+    for found, vectors in zip(made.encode(batch, np.arange(3), SIZES[:3]), maps.reshape(3, maps.shape[1], -1), strict=True):
         norms = np.linalg.norm(vectors, axis=0)
         order = np.argsort(norms, kind="stable")
         top = order[np.cumsum(norms[order]) > 0.5 * norms.sum()]
@@ -383,7 +385,7 @@ def test_a_store_of_patterns(features: FeatureStore) -> None:
     assert (manifest["encoder"]["attention_ratio"], manifest["encoder"]["pattern_metric"]) == (0.5, "euclidean")
     made = encoder(num_patterns=3)
     picture = Image.open(Path(manifest["pool"]["uri"]) / "b" / "089.png")
-    expected = made.encode(made.input.prepare(picture.convert("RGB"))[None], np.array([89]))[0]
+    expected = made.encode(made.input.prepare(picture.convert("RGB"))[None], np.array([89]), SIZES[:1])[0]
     stored = np.array(parts[-1]["patterns"][-1].as_py(), dtype=np.float32)
     np.testing.assert_allclose(stored, expected, atol=1e-5 * np.abs(expected).max())
 
@@ -456,7 +458,8 @@ def test_coverage_is_over_patterns_and_the_rest_is_refused(features: FeatureStor
     given = {"features": features.place.uri, "workers": 0}
     out = str(tmp_path / "picks")
     select(build_options(SelectOptions, {**given, "out": out, "strategy": "freesel", "budget": "9"}, "select"))
-    metrics = evaluate(build_options(EvaluateOptions, {**given, "selection": out, "metrics": "coverage"}, "evaluate"))
+    measured = {"subject": features.place.uri, "workers": 0, "selection": out}
+    metrics = evaluate(build_options(EvaluateOptions, {**measured, "metrics": "coverage"}, "evaluate"))
     value = {entry["metric"]: entry["value"] for entry in metrics}
     shards = open_local(features, Reading(True))
     x, rows = shards.blocks[0].x.double().numpy(), shards.blocks[0].rows
@@ -466,11 +469,7 @@ def test_coverage_is_over_patterns_and_the_rest_is_refused(features: FeatureStor
     assert value["covering_radius"] == pytest.approx(distance.max(), rel=1e-9)
     assert 0 < value["emd"] < 2
     with pytest.raises(InputError, match="up to 3 vectors an image"):
-        evaluate(
-            build_options(
-                EvaluateOptions, {**given, "selection": out, "test": features.place.uri, "metrics": "knn"}, "evaluate"
-            )
-        )
+        evaluate(build_options(EvaluateOptions, {**measured, "test": features.place.uri, "metrics": "knn"}, "evaluate"))
 
 
 def test_one_pattern_an_image_is_a_store_like_any_other(images: Path, tmp_path: Path) -> None:
@@ -509,7 +508,7 @@ def test_a_pattern_that_does_not_fit_names_its_image(images: Path, tmp_path: Pat
     from engine.encoders import PatternsEncoder
     from engine.schema import RunError
 
-    def encode(self, batch, rows):
+    def encode(self, batch, rows, sizes):
         return [np.full((1 + row % 3, 192), np.inf if row == 50 else 1.0, dtype=np.float32) for row in rows]
 
     run_embed(images / "a", tmp_path / "first")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from engine.schema import InputError
 from engine.sources import ids
-from engine.sources.listing import LISTING_ROWS, ListingWriter, extents
+from engine.sources.listing import LISTING_ROWS, ListingWriter, extents, pieces
 
 SCHEMA = pa.schema([("id", pa.string()), ("n", pa.int64())])
 
@@ -170,8 +170,23 @@ def test_extents_are_those_that_hold_the_rows():
     listing = writer.finish()
     for start in range(10):
         for stop in range(start, 10):
-            found = [e["start"] + at for e, low, high in extents(listing, start, stop) for at in range(low, high)]
-            assert found == list(range(start, min(stop, 9)))
+            for step in (1, 2, 3):
+                rows = np.arange(start, min(stop, 9), step)
+                found = list(extents(listing, rows))
+                assert [e["start"] + at for e, places in found for at in places.tolist()] == rows.tolist()
+                assert all(len(places) for _, places in found)
+                assert len({e["start"] for e, _ in found}) == len(found)
+
+
+def test_pieces_are_small_and_hold_what_was_asked_for():
+    writer = ListingWriter(pa.schema([("n", pa.int64())]))
+    writer.add(pa.table([np.arange(20_000)], schema=writer.schema))
+    listing = writer.finish()
+    for rows in (np.arange(5, 17_000), np.arange(0, 20_000, 7), np.array([8191, 8192, 19_999]), np.empty(0, np.int64)):
+        found = list(pieces(listing, rows))
+        assert [n for _, table in found for n in table["n"].to_pylist()] == rows.tolist()
+        assert [row for some, _ in found for row in some.tolist()] == rows.tolist()
+        assert all(1 <= len(table) <= 256 for _, table in found)
 
 
 # --- ids

@@ -29,11 +29,11 @@ def slowly(log=sys.argv[1], pids=sys.argv[1] + ".pids"):
         handle = os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY)
         os.write(handle, text)
         os.close(handle)
-    def counted(self, batch, rows):
+    def counted(self, batch, rows, sizes):
         append(pids, b"%d\\n" % os.getpid())
         time.sleep(float(os.environ["NAP_S"]))
         append(log, b"." * len(batch))
-        return encode(self, batch, rows)
+        return encode(self, batch, rows, sizes)
     PixelsEncoder.encode = counted
 """
 """Encodes slowly, and writes down a dot for every image and the process that did it."""
@@ -46,7 +46,8 @@ if words[words.index("--workers") + 1] == "0":
     slowly()
 else:
     import ray
-    ray.init(include_dashboard=False, log_to_driver=False, num_cpus=2, runtime_env={"worker_process_setup_hook": slowly})
+    hook = {"worker_process_setup_hook": slowly}
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2, runtime_env=hook)
 sys.argv = ["coresift", *words]
 runpy.run_module("cli", run_name="__main__")
 """

@@ -28,6 +28,7 @@ from engine.schema import (
     parse_pairs,
     result_options,
 )
+from engine.selections import Selection, ids_in, open_selection, rows_in
 from engine.shards import Request, Step
 from engine.store import FeatureStore, table_bytes
 from engine.verbs import SelectOptions
@@ -154,20 +155,13 @@ def _read_rows(
     if not place.exists():
         raise InputError(f"{flag} {uri!r} does not exist: give a folder, a .txt, .json or .npy file, or column:NAME")
     if uri.endswith(".txt"):
-        return _rows_of_ids(flag, uri, place.read().decode().split("\n"), store)
-    if uri.endswith(".npy"):
-        import io
-
-        values = np.load(io.BytesIO(place.read()), allow_pickle=False)
-    elif uri.endswith(".json"):
-        values = np.array(json.loads(place.read()))
+        return _rows_of_ids(flag, uri, ids_in(place), store)
+    if uri.endswith((".json", ".npy")):
+        rows = np.unique(rows_in(place, f"{flag} {uri!r}"))
     elif read_manifest(place) is not None:
-        values = of_folder(uri, store)
+        rows = np.unique(of_folder(uri, store))
     else:
         raise InputError(f"{flag} {uri!r} is neither a {kind} folder nor a .txt, .json or .npy file")
-    if values.size and (values.ndim != 1 or values.dtype.kind not in "iu"):
-        raise InputError(f"{flag} {uri!r} must hold a flat list of pool rows")
-    rows = np.unique(values.astype(np.int64))
     outside = rows[(rows < 0) | (rows >= store.num_rows)]
     if len(outside):
         raise InputError(f"{flag} {uri!r} names row {outside[0]}; the pool has rows 0 to {store.num_rows - 1}")
@@ -183,8 +177,7 @@ def _rows_of_column(flag: str, name: str, store: FeatureStore) -> Ints:
     return np.asarray(store.rows[mask.to_numpy()], dtype=np.int64)
 
 
-def _rows_of_ids(flag: str, uri: str, lines: list[str], store: FeatureStore) -> Ints:
-    ids = [line for line in lines if line]
+def _rows_of_ids(flag: str, uri: str, ids: list[str], store: FeatureStore) -> Ints:
     at = pa.compute.index_in(pa.array(ids, pa.string()), store.read_column("id").combine_chunks())
     if at.null_count:
         unknown = ids[at.is_null().to_pylist().index(True)]
@@ -244,7 +237,7 @@ def select(options: SelectOptions, progress: Progress = no_progress) -> list[dic
     One budget is published at `options.out`, several each in a folder below it named by its count. Raises InputError
     for unusable input.
     """
-    store = FeatureStore(options.features)
+    store = FeatureStore.of_vectors(options.features)
     strategy, method, chosen = strategy_options(options.strategy, parse_pairs(options.option, "--option"))
     check_vectors(strategy, store)
     check_labels(strategy, store)
@@ -280,31 +273,12 @@ def select(options: SelectOptions, progress: Progress = no_progress) -> list[dic
     return [manifests[count] for count in budgets]
 
 
-@dataclass(frozen=True)
-class Selection:
-    """A published selection: its manifest, its picks in pick order, and the rows that were labelled before it."""
-
-    manifest: dict[str, Any]
-    picks: Ints
-    labeled: Ints
-
-
 def read_selection(uri: str, store: FeatureStore) -> Selection:
     """Open a selection folder; raises InputError if it is not one, or of other features."""
-    place = Place(uri)
-    manifest = read_manifest(place)
-    if manifest is None or manifest["kind"] != "selection":
-        below = [name for name in place.names() if read_manifest(place.at(name))] if manifest is None else []
-        hint = (
-            f"it holds one for each budget: {', '.join(place.at(name).uri for name in below[:4])}"
-            if below
-            else ("make one with `coresift select`")
-        )
-        raise InputError(f"{uri} is not a finished selection folder: {hint}")
-    if manifest["inputs"]["features"] != store.digest:
+    selection = open_selection(uri)
+    if selection.manifest["inputs"]["features"] != store.digest:
         raise InputError(f"{uri} was selected from other features than {store.place.uri}")
-    picks, labeled = (json.loads(place.at(name).read()) for name in ("indices.json", "labeled.json"))
-    return Selection(manifest, np.array(picks, dtype=np.int64), np.array(labeled, dtype=np.int64))
+    return selection
 
 
 def describe_strategies() -> list[dict[str, Any]]:

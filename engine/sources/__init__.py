@@ -11,10 +11,12 @@ import json
 from collections.abc import Iterator
 from types import ModuleType
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
+from engine.arrays import Ints
 from engine.folders import to_json
 from engine.places import Place
 from engine.schema import InputError
@@ -37,7 +39,8 @@ SOURCES: dict[str, ModuleType] = {
     "svhn": svhn,
 }
 """Each has USES, the fields of Columns that mean something to it; list_pool(place, columns) -> Pool; and
-read(pool, start, stop) -> samples."""
+read(pool, rows) -> samples of ascending rows, which reads no more than what holds them: a container's extent once; ids(pool)
+-> the ids of all rows, which reads no images."""
 
 FILE_KINDS = {".csv": "list", ".tsv": "list", ".txt": "list", ".json": "coco", ".tar": "tar", ".mat": "svhn"}
 FACTS = ("uri", "base", "kind", "num_rows", "digest", "class_names", "detail")
@@ -114,8 +117,19 @@ def open_pool(uri: str, columns: Columns | None = None) -> Pool:
 
 def read(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
     """Yield the samples of pool rows [start, stop), in order."""
-    samples: Iterator[Sample] = SOURCES[pool.kind].read(pool, start, stop)
+    return read_rows(pool, np.arange(start, min(stop, pool.num_rows), dtype=np.int64))
+
+
+def read_rows(pool: Pool, rows: Ints) -> Iterator[Sample]:
+    """Yield the samples of some pool rows, (n,) int64 ascending, reading no more than what holds them."""
+    samples: Iterator[Sample] = SOURCES[pool.kind].read(pool, rows)
     return samples
+
+
+def ids_of(pool: Pool) -> Iterator[pa.Array]:
+    """Yield the ids of a whole pool in the order of its rows, as batches of strings; no image is read."""
+    batches: Iterator[pa.Array] = SOURCES[pool.kind].ids(pool)
+    return batches
 
 
 def _facts_place(place: Place) -> Place:
@@ -143,4 +157,16 @@ def load_pool(place: Place) -> Pool:
     return Pool(address=facts.pop("uri"), listing=listing, schema=schema, class_names=tuple(names) if names else None, **facts)
 
 
-__all__ = ["SOURCES", "Columns", "Pool", "Sample", "columns_of", "load_pool", "open_pool", "read", "save_pool"]
+__all__ = [
+    "SOURCES",
+    "Columns",
+    "Pool",
+    "Sample",
+    "columns_of",
+    "ids_of",
+    "load_pool",
+    "open_pool",
+    "read",
+    "read_rows",
+    "save_pool",
+]

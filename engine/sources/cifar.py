@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 from PIL import Image
 
+from engine.arrays import Ints
 from engine.folders import digest_of
 from engine.places import Place
 from engine.schema import InputError
@@ -100,13 +101,21 @@ def list_pool(place: Place, columns: Columns) -> Pool:
     return Pool(place.address, "cifar", start, digest_of(facts), _cifar_names(place), {}, writer.finish())
 
 
-def read(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
-    """Yield the samples of pool rows [start, stop)."""
+def read(pool: Pool, rows: Ints) -> Iterator[Sample]:
+    """Yield the samples of ascending pool rows."""
     place = Place(pool.address)
-    for extent, low, high in extents(pool.listing, start, stop):
+    for extent, places in extents(pool.listing, rows):
         file = place.at(extent["file"]) if extent["file"] else place
         images, labels = _cifar_batch(file.address, stamp(file))
         name = file.name
-        for at in range(low, high):
+        for at in places.tolist():
             row = extent["start"] + at
             yield Sample(row, f"{name}/{at}", f"{file.uri}#{at}", int(labels[at]), Image.fromarray(images[at]))
+
+
+def ids(pool: Pool) -> Iterator[pa.Array]:
+    """Yield the ids of all rows, a batch of the pool's at a time."""
+    for table in pool.listing.tables():
+        for extent in table.to_pylist():
+            name = extent["file"] or Place(pool.address).name
+            yield pa.array([f"{name}/{at}" for at in range(extent["count"])], pa.string())

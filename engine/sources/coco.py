@@ -11,6 +11,9 @@ import functools
 import itertools
 import json
 import math
+from collections import Counter
+from collections.abc import Set
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,7 +35,7 @@ FURTHER = pa.schema([pa.field("image_id", pa.string()), BOXES])
 TRIED = 20
 """Images that are looked for to find their folder: the first ones may be missing."""
 
-read = paths.read
+read, ids = paths.read, paths.ids
 
 
 def _slim(record: dict[str, Any]) -> dict[str, Any]:
@@ -139,16 +142,48 @@ def _listing(images: list[dict[str, Any]], boxes: pa.ListArray) -> Listing:
     return writer.finish()
 
 
-def list_pool(place: Place, columns: Columns) -> Pool:
-    """List the images of a COCO file with their boxes."""
+@dataclass(frozen=True)
+class Annotations:
+    """What a COCO file says: its images, class names, each image's boxes, and how many boxes were left out, by reason.
+
+    `others` are the file names of images that were not asked for.
+    """
+
+    images: list[dict[str, Any]]
+    class_names: tuple[str, ...]
+    boxes: pa.ListArray
+    left_out: Counter[str]
+    others: list[str]
+
+
+def read_annotations(place: Place, only: Set[str] | None = None) -> Annotations:
+    """Read a COCO file: all of it, or what it says of `only` some file names, whatever may be wrong with the others.
+
+    Raises InputError where something in it is wrong.
+    """
     content = _load(place)
-    images = _images_of(place, content)
+    images, others = _images_of(place, content), list[str]()
     names, classes = _classes_of(place, content)
+    if only is not None:
+        others = [image["file_name"] for image in images if image["file_name"] not in only]
+        images = [image for image in images if image["file_name"] in only]
+        kept, found = {image["id"] for image in images}, content.get("annotations") or ()
+        content["images"] = images
+        if "annotations" in content:
+            content["annotations"] = [a for a in found if isinstance(a.get("image_id"), int | str) and a["image_id"] in kept]
     sizes = np.array([[image.get("width") or np.nan, image.get("height") or np.nan] for image in images], float).reshape(-1, 2)
     annotated = np.full(len(images), "annotations" in content)
     boxes, left_out = boxes_array(_drawn(place, content, classes), sizes, annotated)
-    listing = _listing(images, boxes)
-    base = _base(place, images, columns.images)
-    detail = {"id": "path", "boxes_left_out": dict(left_out)}
-    digest = digest_of(["coco", listing.digest, names])
-    return Pool(place.address, "coco", len(images), digest, names or None, detail, listing, FURTHER, base.absolute)
+    return Annotations(images, names, boxes, left_out, others)
+
+
+def list_pool(place: Place, columns: Columns) -> Pool:
+    """List the images of a COCO file with their boxes."""
+    found = read_annotations(place)
+    listing = _listing(found.images, found.boxes)
+    base = _base(place, found.images, columns.images)
+    detail = {"id": "path", "boxes_left_out": dict(found.left_out)}
+    digest = digest_of(["coco", listing.digest, found.class_names])
+    return Pool(
+        place.address, "coco", len(found.images), digest, found.class_names or None, detail, listing, FURTHER, base.absolute
+    )

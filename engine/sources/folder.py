@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
+from engine.arrays import Ints
 from engine.folders import digest_of
 from engine.places import Place
-from engine.sources.listing import ListingWriter
+from engine.sources.listing import ListingWriter, pieces
 from engine.sources.pool import IMAGE_SUFFIXES, Columns, Images, Pool, Sample, sample_from_file
 from engine.sources.walk import FILES, ending, walk
 
@@ -29,12 +31,16 @@ def list_pool(place: Place, columns: Columns) -> Pool:
     return Pool(place.address, "folder", listing.num_rows, digest_of(["folder", listing.digest]), names, {}, listing)
 
 
-def read(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
-    """Yield the samples of pool rows [start, stop)."""
+def read(pool: Pool, rows: Ints) -> Iterator[Sample]:
+    """Yield the samples of ascending pool rows."""
     images = Images(Place(pool.address))
     code = {name: index for index, name in enumerate(pool.class_names or ())}
-    names = pool.listing.read(start, stop)["path"]
-    for row, name in enumerate(names, start):
-        path = name.as_py()
-        folder, slash, _ = path.partition("/")
-        yield sample_from_file(row, path, images.place(path), code[folder] if slash else None)
+    for some, table in pieces(pool.listing, rows):
+        for row, path in zip(some.tolist(), table["path"].to_pylist(), strict=True):
+            folder, slash, _ = path.partition("/")
+            yield sample_from_file(row, path, images.place(path), code[folder] if slash else None)
+
+
+def ids(pool: Pool) -> Iterator[pa.Array]:
+    """Yield the ids of all rows, in batches."""
+    return (table["path"].combine_chunks() for table in pool.listing.tables())

@@ -11,12 +11,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from engine.arrays import Ints
 from engine.folders import digest_of
 from engine.places import Place
 from engine.schema import InputError, first_line
 from engine.sources.listing import EXTENT, ListingWriter, extents
 from engine.sources.pool import Columns, Pool, Sample
-from engine.sources.rows import columns_read, samples, survey
+from engine.sources.rows import columns_read, ids_of, samples, survey
 
 USES = frozenset(("image", "label", "id", "metadata", "split"))
 EXTENT_ROWS = 256
@@ -93,9 +94,15 @@ def list_pool(place: Place, columns: Columns) -> Pool:
     return Pool(place.address, "datasets", len(data), digest, told.class_names, detail, writer.finish(), told.schema)
 
 
-def read(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
-    """Yield the samples of pool rows [start, stop)."""
+def read(pool: Pool, rows: Ints) -> Iterator[Sample]:
+    """Yield the samples of ascending pool rows."""
     data = load(pool.address, pool.detail["split"]).select_columns(columns_read(pool))
-    for extent, low, high in extents(pool.listing, start, stop):
-        first = extent["start"] + low
-        yield from samples(pool, data[first : extent["start"] + high], first, pool.uri, Place(pool.address))
+    for extent, at in extents(pool.listing, rows):
+        first = extent["start"]
+        low, high = first + int(at[0]), first + int(at[-1]) + 1
+        yield from samples(pool, data[low:high], low, first + at, pool.uri, Place(pool.address))
+
+
+def ids(pool: Pool) -> Iterator[pa.Array]:
+    """Yield the ids of all rows, in batches."""
+    return ids_of(pool, functools.partial(_read_all, load(pool.address, pool.detail["split"])))

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
+from engine.arrays import Ints
 from engine.places import Place, masked_column
 
 if os.name == "posix":
@@ -30,6 +31,8 @@ if os.name == "posix":
 LISTING_ROWS = 8192
 PREFIX = "coresift-listing-"
 """How the names of temporary listings begin."""
+SLICE_ROWS = 256
+"""Rows that are Python objects at a time."""
 WIDTHS = {8: pa.int8(), 16: pa.int16(), 32: pa.int32(), 64: pa.int64()}
 
 
@@ -191,19 +194,41 @@ EXTENT = pa.schema([("start", pa.int64()), ("count", pa.int64())])
 """What every row of a listing of extents says: its first pool row, and how many it has."""
 
 
-def extents(listing: Listing, start: int, stop: int) -> Iterator[tuple[dict[str, Any], int, int]]:
-    """Yield (extent, low, high) for the extents of a container that hold pool rows [start, stop).
+def row_names(first: int, count: int) -> pa.Array:
+    """Return the ids of `count` rows that nothing else names."""
+    return pa.array(np.arange(first, first + count)).cast(pa.string())
 
-    `extent` is a row of the listing, which has `start` and `count`; low and high are the rows asked for within it.
+
+def take(table: pa.Table, at: Ints) -> pa.Table:
+    """Return some rows of a table, by ascending place; neighbours are a view."""
+    if len(at) and at[-1] - at[0] + 1 == len(at):
+        return table.slice(int(at[0]), len(at))
+    return table.take(pa.array(at))
+
+
+def pieces(listing: Listing, rows: Ints) -> Iterator[tuple[Ints, pa.Table]]:
+    """Yield (pool rows, their rows of the listing), small enough to be Python objects, of a listing with a row an image.
+
+    `rows` ascend; only the batches that hold them are read.
     """
-    if start >= stop:
-        return
-    at = bisect.bisect_right(range(listing.num_rows), start, key=lambda i: listing.read(i, i + 1)["start"][0].as_py()) - 1
-    while at < listing.num_rows:
-        extent = listing.read(at, at + 1).to_pylist()[0]
-        if extent["start"] >= stop:
-            return
-        low, high = max(start - extent["start"], 0), min(stop - extent["start"], extent["count"])
-        if low < high:
-            yield extent, low, high
-        at += 1
+    batches = rows // LISTING_ROWS
+    for index in np.unique(batches).tolist():
+        mine, batch = rows[batches == index], listing.read(index * LISTING_ROWS, (index + 1) * LISTING_ROWS)
+        for start in range(0, len(mine), SLICE_ROWS):
+            some = mine[start : start + SLICE_ROWS]
+            yield some, take(batch, some - index * LISTING_ROWS)
+
+
+def extents(listing: Listing, rows: Ints) -> Iterator[tuple[dict[str, Any], Ints]]:
+    """Yield (extent, places in it) for the extents of a container that hold ascending pool rows, each extent once.
+
+    `extent` is a row of the listing, which has `start` and `count`.
+    """
+    at, index = 0, 0
+    while at < len(rows):
+        starts = range(listing.num_rows)
+        index = bisect.bisect_right(starts, rows[at], index, key=lambda i: listing.read(i, i + 1)["start"][0].as_py()) - 1
+        extent = listing.read(index, index + 1).to_pylist()[0]
+        stop = int(np.searchsorted(rows, extent["start"] + extent["count"]))
+        yield extent, rows[at:stop] - extent["start"]
+        at = stop

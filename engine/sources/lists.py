@@ -24,7 +24,7 @@ from engine.sources.values import ClassNames
 from engine.sources.walk import files_ending
 
 USES = frozenset(("image", "label", "id", "metadata", "images"))
-read = paths.read
+read, ids = paths.read, paths.ids
 
 
 def files_of(place: Place) -> list[str]:

@@ -12,10 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from engine.arrays import Ints
 from engine.masks import masked
-from engine.places import Place
+from engine.places import Place, masked_column
+from engine.sources.listing import pieces, row_names
 from engine.sources.pool import Images, Pool, Sample, sample_from_file
-from engine.sources.values import labels_of, slices
+from engine.sources.values import labels_of
 
 NO_IMAGE = "no image in this row"
 
@@ -37,20 +39,27 @@ def extra_of(column: pa.ChunkedArray, schema: pa.Schema) -> list[dict[str, Any]]
     return [{name: column[i] for name, column in lists.items()} for i in range(len(values))]
 
 
-def read(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
-    """Yield the samples of pool rows [start, stop); paths are below `base`, `detail["id"]` says what names them."""
+def read(pool: Pool, rows: Ints) -> Iterator[Sample]:
+    """Yield the samples of ascending pool rows; paths are below `base`, `detail["id"]` says what names them."""
     images = Images(Place(pool.base))
-    row = start
-    for table in slices(pool.listing.read(start, stop)):
+    for some, table in pieces(pool.listing, rows):
         paths = table["path"].to_pylist()
         named = pool.detail["id"]
-        ids = table[named].to_pylist() if named else [str(row + at) for at in range(len(table))]
+        ids = table[named].to_pylist() if named else [str(row) for row in some]
         labels = labels_of(table["label"], pool.class_names) if "label" in table.column_names else [None] * len(table)
         extras = extra_of(table["extra"], pool.schema) if "extra" in table.column_names else [{}] * len(table)
-        for path, name, label, extra in zip(paths, ids, labels, extras, strict=True):
+        for row, path, name, label, extra in zip(some.tolist(), paths, ids, labels, extras, strict=True):
             if path:
                 shown = masked(name) if named == "path" else name
                 yield sample_from_file(row, shown, images.place(path), label, extra)
             else:
                 yield Sample(row, name, f"{pool.uri}#{row}", label, b"", NO_IMAGE, extra)
-            row += 1
+
+
+def ids(pool: Pool) -> Iterator[pa.Array]:
+    """Yield the ids of all rows, in batches."""
+    named, first = pool.detail["id"], 0
+    for table in pool.listing.tables():
+        column = table[named].combine_chunks() if named else row_names(first, len(table))
+        yield masked_column(column) if named == "path" else column
+        first += len(table)

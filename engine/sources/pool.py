@@ -13,7 +13,7 @@ from engine.masks import masked
 from engine.places import Place
 from engine.schema import InputError, first_line
 from engine.sources.listing import Listing
-from engine.verbs import EmbedOptions
+from engine.verbs import PoolOptions
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
@@ -102,8 +102,8 @@ class Columns:
         return {name: flag for name, flag in flags.items() if getattr(self, name)}
 
 
-def columns_of(options: EmbedOptions) -> Columns:
-    """Return what the options of `embed` say of its pool."""
+def columns_of(options: PoolOptions) -> Columns:
+    """Return what a verb's options say of its pool."""
     return Columns(
         image=options.image_column,
         label=options.label_column,

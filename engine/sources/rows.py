@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from engine.arrays import Ints
 from engine.masks import masked
 from engine.places import Place, masked_column
 from engine.sources.boxes import BOXES, LEFT_OUT
 from engine.sources.ids import check_unique, names_rows
+from engine.sources.listing import SLICE_ROWS, row_names, take
 from engine.sources.objects import boxes_of, category_names
 from engine.sources.paths import NO_IMAGE
 from engine.sources.pool import Columns, Images, Pool, Sample, sample_from_file
 from engine.sources.roles import Roles, box_fields, class_label_names, find_roles, is_text, plain
-from engine.sources.values import ClassNames, labels_of, records, slices
+from engine.sources.values import ClassNames, labels_of, records
 
 SIZES = ("width", "height")
 Read = Callable[[list[str]], Iterator[pa.RecordBatch]]
@@ -46,7 +49,7 @@ def _id_column(read: Read, num_rows: int, schema: pa.Schema, roles: Roles, uri: 
         path = f"{roles.image}.path"
 
         def paths() -> Iterator[pa.Array]:
-            return (masked_column(pa.compute.struct_field(batch[roles.image], "path")) for batch in read([path]))
+            return (masked_column(pc.struct_field(batch[roles.image], "path")) for batch in read([path]))
 
         return path if names_rows(paths, num_rows) else ""
     return ""
@@ -74,7 +77,7 @@ def _names_of(read: Read, schema: pa.Schema, roles: Roles, uri: str) -> tuple[st
     return classes.names()
 
 
-def _sizes(columns: dict[str, pa.Array | pa.ChunkedArray], num_rows: int) -> npt.NDArray[np.float64]:
+def sizes_of(columns: dict[str, pa.Array | pa.ChunkedArray], num_rows: int) -> npt.NDArray[np.float64]:
     """Return the images' widths and heights (n, 2) where columns say them, else NaN."""
     if set(SIZES) <= columns.keys():
         return np.stack([columns[name].cast(pa.float64()).fill_null(np.nan).to_numpy() for name in SIZES], axis=1)
@@ -101,7 +104,7 @@ def survey(read: Read, num_rows: int, schema: pa.Schema, columns: Columns, uri: 
         left_out = Counter(dict.fromkeys(LEFT_OUT, 0))
         for batch in read([roles.objects, *detail["sizes"]]):
             given = dict(zip(batch.schema.names, batch.columns, strict=True))
-            left_out += boxes_of(batch[roles.objects], _sizes(given, len(batch)), names, uri)[1]
+            left_out += boxes_of(batch[roles.objects], sizes_of(given, len(batch)), names, uri)[1]
         detail["boxes_left_out"] = {reason: left_out[reason] for reason in LEFT_OUT}
     return Survey(detail, names, pa.schema([*roles.metadata, *([BOXES] if roles.objects else [])]))
 
@@ -113,18 +116,23 @@ def columns_read(pool: Pool) -> list[str]:
     return list(dict.fromkeys(name for name in (*names, *pool.schema.names) if name and name != BOXES.name))
 
 
-def samples(pool: Pool, table: pa.Table, first: int, uri: str, base: Place) -> Iterator[Sample]:
-    """Yield the samples of a piece of a pool's table, which begins at pool row `first`; paths are found below `base`."""
+def samples(pool: Pool, table: pa.Table, first: int, rows: Ints, uri: str, base: Place) -> Iterator[Sample]:
+    """Yield the samples of ascending pool `rows`, of a piece of a pool's table that begins at pool row `first`.
+
+    Paths are found below `base`.
+    """
     images = Images(base)
     detail = pool.detail
-    row = first
-    for piece in slices(table):
+    by_path = detail["id"].endswith(".path")
+    for start in range(0, len(rows), SLICE_ROWS):
+        some = rows[start : start + SLICE_ROWS]
+        piece = take(table, some - first)
         pictures = piece[detail["image"]].to_pylist()
         none: list[Any] = [None] * len(piece)
         labels = labels_of(piece[detail["label"]], pool.class_names) if detail["label"] else none
-        by_path = detail["id"].endswith(".path")
         ids = piece[detail["id"]].to_pylist() if detail["id"] and not by_path else none
-        for value, label, name, extra in zip(pictures, labels, ids, _extras(pool, piece, uri), strict=True):
+        extras = _extras(pool, piece, uri)
+        for row, value, label, name, extra in zip(some.tolist(), pictures, labels, ids, extras, strict=True):
             data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
             named = masked(str(path)) if by_path else str(name if detail["id"] else row)
             if data is not None:
@@ -133,7 +141,17 @@ def samples(pool: Pool, table: pa.Table, first: int, uri: str, base: Place) -> I
                 yield sample_from_file(row, named, images.place(path), label, extra)
             else:
                 yield Sample(row, named, f"{uri}#{row}", label, b"", NO_IMAGE, extra)
-            row += 1
+
+
+def ids_of(pool: Pool, read: Read) -> Iterator[pa.Array]:
+    """Yield the ids of all rows of a pool whose tables `read` reads, in batches."""
+    named = pool.detail["id"]
+    if not named:
+        yield row_names(0, pool.num_rows)
+        return
+    for batch in read([named]):
+        by_path = named.endswith(".path")
+        yield masked_column(pc.struct_field(batch[pool.detail["image"]], "path")) if by_path else batch[named].cast(pa.string())
 
 
 def _extras(pool: Pool, piece: pa.Table, uri: str) -> list[dict[str, Any]]:
@@ -141,7 +159,7 @@ def _extras(pool: Pool, piece: pa.Table, uri: str) -> list[dict[str, Any]]:
     detail = pool.detail
     columns = {f.name: piece[f.name].cast(f.type) for f in pool.schema if f.name != BOXES.name}
     if detail["objects"]:
-        sizes = _sizes({name: piece[name] for name in detail["sizes"]}, len(piece))
+        sizes = sizes_of({name: piece[name] for name in detail["sizes"]}, len(piece))
         objects = piece[detail["objects"]].combine_chunks()
         columns[BOXES.name] = boxes_of(objects, sizes, pool.class_names, uri)[0]
     return records(columns, len(piece))

@@ -11,10 +11,11 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
+from engine.arrays import Ints
 from engine.folders import digest_of
 from engine.places import Place
 from engine.schema import InputError
-from engine.sources.listing import EXTENT, ListingWriter, extents
+from engine.sources.listing import EXTENT, ListingWriter
 from engine.sources.pool import Columns, Pool, Sample, stamp
 
 USES: frozenset[str] = frozenset()
@@ -48,10 +49,13 @@ def list_pool(place: Place, columns: Columns) -> Pool:
     return Pool(place.address, "svhn", count, digest_of([name, *stamp(place)]), DIGITS, {"name": name}, writer.finish())
 
 
-def read(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
-    """Yield the samples of pool rows [start, stop)."""
+def read(pool: Pool, rows: Ints) -> Iterator[Sample]:
+    """Yield the samples of ascending pool rows."""
     images, labels = _load(pool.address, stamp(Place(pool.address)))
-    for _, low, high in extents(pool.listing, start, stop):
-        for row in range(low, high):
-            data = Image.fromarray(images[row])
-            yield Sample(row, f"{pool.detail['name']}/{row}", f"{pool.uri}#{row}", int(labels[row]), data)
+    for row in rows.tolist():
+        yield Sample(row, f"{pool.detail['name']}/{row}", f"{pool.uri}#{row}", int(labels[row]), Image.fromarray(images[row]))
+
+
+def ids(pool: Pool) -> Iterator[pa.Array]:
+    """Yield the ids of all rows, in batches."""
+    yield pa.array([f"{pool.detail['name']}/{row}" for row in range(pool.num_rows)], pa.string())

@@ -17,16 +17,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from engine.arrays import Ints
 from engine.folders import CHUNK_BYTES, digest_of
 from engine.places import Place
 from engine.retry import patiently
 from engine.schema import InputError, first_line
 from engine.sources.ids import check_unique
-from engine.sources.listing import LISTING_ROWS, ListingWriter
+from engine.sources.listing import LISTING_ROWS, ListingWriter, pieces
 from engine.sources.pool import IMAGE_SUFFIXES, Columns, Pool, Sample, check_inside, sample_of, stamp
 from engine.sources.tags import Tags, values_of
 from engine.sources.texts import TextTypes
-from engine.sources.values import ClassNames, labels_of, slices
+from engine.sources.values import ClassNames, labels_of
 
 USES = frozenset(("label", "metadata"))
 MEMBERS = pa.schema(
@@ -186,13 +187,18 @@ class _Shards:
         return data
 
 
-def read(pool: Pool, start: int, stop: int) -> Iterator[Sample]:
-    """Yield the samples of pool rows [start, stop), each by one ranged read."""
-    shards, row = _Shards(Place(pool.base)), start
-    for table in slices(pool.listing.read(start, stop)):
-        for entry, label in zip(table.to_pylist(), labels_of(table["label"], pool.class_names), strict=True):
+def read(pool: Pool, rows: Ints) -> Iterator[Sample]:
+    """Yield the samples of ascending pool rows, each by one ranged read."""
+    shards = _Shards(Place(pool.base))
+    for some, table in pieces(pool.listing, rows):
+        labels = labels_of(table["label"], pool.class_names)
+        for row, entry, label in zip(some.tolist(), table.to_pylist(), labels, strict=True):
             where = (entry["shard"], entry["offset"], entry["size"])
             uri = f"{shards.folder.at(entry['shard']).uri}#{entry['offset']}"
             given = functools.partial(shards.read, *where)
             yield sample_of(row, entry["id"], uri, label, given, values_of(entry, pool.schema))
-            row += 1
+
+
+def ids(pool: Pool) -> Iterator[pa.Array]:
+    """Yield the ids of all rows, in batches."""
+    return (table["id"].combine_chunks() for table in pool.listing.tables())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -12,8 +11,6 @@ from engine.schema import InputError
 from engine.sources.roles import is_text
 
 MAX_CLASSES = 100_000
-SLICE_ROWS = 256
-"""Rows that are Python objects at a time."""
 
 
 class ClassNames:
@@ -48,12 +45,6 @@ def labels_of(column: pa.ChunkedArray | pa.Array, class_names: tuple[str, ...] |
             return codes
         column = pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text).cast(pa.int64())
     return [None if value in (None, -1) else int(value) for value in column.to_pylist()]
-
-
-def slices(table: pa.Table) -> Iterator[pa.Table]:
-    """Yield a table in pieces small enough to be Python objects."""
-    for start in range(0, len(table), SLICE_ROWS):
-        yield table.slice(start, SLICE_ROWS)
 
 
 def records(columns: dict[str, pa.ChunkedArray | pa.Array], num_rows: int) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ VOC_NAMES = (
     *("motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 
-read = paths.read
+read, ids = paths.read, paths.ids
 
 
 @dataclass(frozen=True)

@@ -1,52 +1,29 @@
-"""The options of every verb, declared once: the command line, job files and docs read them from here.
-
-One dataclass a verb, each field `Annotated[type, Opt(help, range)]`. Options with `result=False` change how the work
-is done, never what comes out.
-"""
+"""Options of the verbs that make and use features: embed, import, select, dedup, evaluate, compare, demo."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated
 
-from engine.schema import MAX_PIXELS, Opt
-
-Out = Annotated[str, Opt("Folder to write; goes on where it stopped, refuses another run's.", metavar="DIR", result=False)]
-Overwrite = Annotated[bool, Opt("Empty the output folder first if it holds another run of coresift.", result=False)]
-Address = Annotated[str | None, Opt("Ray cluster to join; a local one is started where it is needed.", result=False)]
-Seed = Annotated[int, Opt("Seed of every random draw.", min=0)]
-Normalize = Annotated[bool, Opt("L2-normalise the vectors first, as the papers do.")]
-Workers = Annotated[
-    int | None,
-    Opt(
-        "0 computes in this process, N on N Ray actors. Default: this process if the features fit, else the cluster.",
-        min=0,
-        result=False,
-    ),
-]
-Exclude = Annotated[
-    str | None,
-    Opt("What may not be picked: a dedup folder, ids (.txt), pool rows (.json, .npy), or column:NAME.", result=False),
-]
-Memory = Annotated[
-    str | None,
-    Opt("Vectors a shard may hold in memory (4GiB); more are read on every use. Default: half of what is free.", result=False),
-]
-Device = Annotated[
-    str, Opt("Where vectors are worked on; auto is a GPU if there is one.", choices=("auto", "cpu", "cuda"), result=False)
-]
-Precision = Annotated[
-    str,
-    Opt(
-        "Of the fast products, which never decide what they can't: it changes the time, not the picks.",
-        choices=("float32", "tf32", "bf16"),
-        result=False,
-    ),
-]
+from engine.schema import Opt
+from engine.verbs.shared import (
+    Address,
+    Device,
+    Exclude,
+    Memory,
+    Normalize,
+    Out,
+    Overwrite,
+    PoolOptions,
+    Precision,
+    PreprocessingOptions,
+    Seed,
+    Workers,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedOptions:
+class EmbedOptions(PoolOptions, PreprocessingOptions):
     """Embed a pool of images: one vector for each."""
 
     pool: Annotated[
@@ -64,6 +41,15 @@ class EmbedOptions:
     ] = "embedding"
     backbone: Annotated[str, Opt("Any timm model, by its hub name.")] = "vit_small_patch16_224.dino"
     weights: Annotated[str, Opt("FILE (.safetensors, .pth), `hub` for timm's own, `random` for none.")] = "hub"
+    checkpoint: Annotated[
+        str | None,
+        Opt(
+            "Folder that finetune wrote: its backbone and preprocessing instead; `probs` and `detections` need it.",
+            metavar="DIR",
+            result=False,
+        ),
+    ] = None
+    best: Annotated[bool, Opt("Of --checkpoint: the weights of the best evaluation, not the last.", result=False)] = False
     model_option: Annotated[
         tuple[str, ...],
         Opt("Constructor argument of the backbone, e.g. pad_type=same. Repeatable.", metavar="NAME=VALUE", repeat=True),
@@ -71,18 +57,6 @@ class EmbedOptions:
     pooling: Annotated[str, Opt("Which vector: the model's own, class token, mean.", choices=("model", "cls", "mean"))] = (
         "model"
     )
-    image_size: Annotated[int | None, Opt("Input side in px. Default: the model's own.", min=8, max=4096)] = None
-    mean: Annotated[tuple[float, ...] | None, Opt("Pixel mean in 0..1, one value or three. Default: the model's own.")] = None
-    std: Annotated[tuple[float, ...] | None, Opt("Pixel std in 0..1, one value or three. Default: the model's own.")] = None
-    interpolation: Annotated[
-        str | None, Opt("Resize filter. Default: the model's own.", choices=("bilinear", "bicubic", "lanczos", "nearest"))
-    ] = None
-    crop_pct: Annotated[
-        float | None, Opt("Share of the resized image that the crop keeps. Default: the model's own.", min=0.05, max=1)
-    ] = None
-    crop_mode: Annotated[
-        str | None, Opt("center crops, squash resizes both sides, border pads.", choices=("center", "squash", "border"))
-    ] = None
     pixels_size: Annotated[int, Opt("Side in px of the `pixels` encoder's image.", min=1, max=256)] = 8
     num_patterns: Annotated[
         int, Opt("`patterns`: most vectors of an image; 1 is their mean, GEAL v1 has 25.", min=1, max=1000)
@@ -106,21 +80,6 @@ class EmbedOptions:
     draft: Annotated[
         bool, Opt("Decode JPEGs of twice the wanted size or more at a half, quarter or eighth: faster, other pixels.")
     ] = False
-    images: Annotated[
-        str | None, Opt("COCO, lists: folder of the images they name. Default: found beside the file.", metavar="DIR")
-    ] = None
-    split: Annotated[str | None, Opt("datasets, VOC: which split. Default: train, trainval.")] = None
-    image_column: Annotated[
-        str | None,
-        Opt("Tables: column of the images. Default: image, img; or uri, path, file_name, image_path, url."),
-    ] = None
-    label_column: Annotated[str | None, Opt("Tables, tar: column of the labels. Default: label, labels or fine_label.")] = None
-    id_column: Annotated[str | None, Opt("Tables: column of the ids. Default: id, if there, else the images' paths.")] = None
-    metadata_column: Annotated[
-        tuple[str, ...],
-        Opt("Tables, tar: a further column to keep. Repeatable. Default: all that can be.", metavar="NAME", repeat=True),
-    ] = ()
-    max_pixels: Annotated[int, Opt("Images with more pixels are rejected before they are decoded.", min=1)] = MAX_PIXELS
     max_rejected: Annotated[str, Opt("Share (1%) or count of bad images above which the run fails.", result=False)] = "1%"
     workers: Annotated[
         str | int | None,
@@ -225,14 +184,31 @@ class DedupOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
-    """Measure what a selection is worth, on stored features."""
+class EvaluateOptions(PoolOptions):
+    """Measure what a selection is worth on stored features, or a trained model on a labelled pool."""
 
-    features: Annotated[str, Opt("Feature store the selection was made from.", positional=True)]
-    selection: Annotated[str, Opt("Selection folder.", metavar="DIR", result=False)]
+    subject: Annotated[str, Opt("Feature store the selection was made from, or a checkpoint folder.", positional=True)]
+    selection: Annotated[str | None, Opt("Features: selection folder.", metavar="DIR", result=False)] = None
     test: Annotated[
-        str | None, Opt("Labelled feature store to test on: needed by knn and linear.", metavar="FEATURES", result=False)
+        str | None,
+        Opt(
+            "Features: labelled feature store to test on, needed by knn and linear. Checkpoint: labelled pool.",
+            metavar="FEATURES|POOL",
+            result=False,
+        ),
     ] = None
+    labels: Annotated[
+        str | None,
+        Opt("Checkpoint: labels of --test apart from it: CSV or Parquet with id and label, or COCO .json.", result=False),
+    ] = None
+    best: Annotated[bool, Opt("Checkpoint: the weights of the best evaluation instead of the last.")] = False
+    batch_size: Annotated[
+        int | None,
+        Opt("Checkpoint: images in a batch. Default: 16 on a CPU, 256 on a GPU; detectors 4 and 16.", min=1, max=65536),
+    ] = None
+    max_rejected: Annotated[
+        str, Opt("Checkpoint: share (1%) or count of bad images above which the run fails.", result=False)
+    ] = "1%"
     metrics: Annotated[tuple[str, ...], Opt("Which, comma-separated.", choices=("knn", "linear", "coverage"))] = (
         "knn",
         "linear",

@@ -1,0 +1,129 @@
+"""What are picks worth after training on them? Selects by several strategies, finetunes on each, tabulates the metrics.
+
+    python benchmarks/bench_finetune.py POOL --test POOL --features DIR --out DIR --budget 500
+        [--strategies random,kmeans,activeft] [--seeds 3] [--all] [--metrics top1] [--jobs 2] -- [finetune's own options]
+
+Each selection and each training is a command of its own, as a user would type it, with the same seed for both; run
+again it goes on where it stopped. FreeSel picks from `--patterns`, a feature store of the same pool. `--all` also trains
+on the whole pool, with one seed. Last and best metric are those of the checkpoints' manifests: best is chosen on the
+test set, as the papers do, so last is the honest one. Quality only: times are those of a machine that does `--jobs` runs
+at once. Without arguments it trains a tiny network on scikit-learn's digits, so that it needs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def coresift(*arguments: str) -> None:
+    """Run one command; stop everything where it fails."""
+    done = subprocess.run([sys.executable, "-m", "cli", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"coresift {' '.join(arguments)}\n{done.stderr}")
+
+
+def trained(known: argparse.Namespace, own: list[str], name: str, seed: int) -> tuple[str, dict[str, Any]]:
+    """Select by a strategy (or take all) and finetune; return the name and the checkpoint's manifest."""
+    out = Path(known.out).absolute()
+    picks, model = out / "selections" / f"{name}-{seed}", out / "checkpoints" / f"{name}-{seed}"
+    if name != "all":
+        features = known.patterns if name in ("freesel", "geal") else known.features
+        coresift(
+            *("select", features, "--strategy", name, "--budget", known.budget, "--seed", str(seed)),
+            *("--out", str(picks), "--workers", "0", "--quiet"),
+        )
+    selection = "all" if name == "all" else str(picks)
+    coresift(
+        *("finetune", known.pool, "--selection", selection, "--test", known.test, "--seed", str(seed)),
+        *("--out", str(model), "--quiet", *own),
+    )
+    manifest: dict[str, Any] = json.loads((model / "manifest.json").read_text())
+    print(f"{name}, seed {seed}: " + ", ".join(f"{m} {v:.2f}" for m, v in values(manifest, known.metrics).items()), flush=True)
+    return name, manifest
+
+
+def values(manifest: dict[str, Any], wanted: list[str]) -> dict[str, float]:
+    """Return the wanted metrics of a checkpoint after its last step, and the first of them at its best, by name."""
+    last = {entry["metric"]: entry["value"] for entry in manifest["metrics"]}
+    best = {entry["metric"]: entry["value"] for entry in (manifest["best"] or {}).get("metrics", [])}
+    found = {name: last[name] for name in wanted}
+    return found | {f"{name} (best)": best[name] for name in wanted[:1] if name in best}
+
+
+def digits(folder: Path) -> list[str]:
+    """Write scikit-learn's digits as a pool and a test pool, embed them; return the arguments for a small run."""
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    rows = []
+    for index, (pixels, label) in enumerate(zip(data.images, data.target.tolist(), strict=True)):
+        buffer = io.BytesIO()
+        Image.fromarray((pixels * 255 / 16).astype("uint8")).save(buffer, format="PNG")
+        rows.append({"image": {"bytes": buffer.getvalue(), "path": f"{index}.png"}, "label": str(label)})
+    for name, some in (("pool", rows[:1200]), ("test", rows[1200:])):
+        pq.write_table(pa.Table.from_pylist(some), folder / f"{name}.parquet")
+    pool, test, features = (str(folder / name) for name in ("pool.parquet", "test.parquet", "features"))
+    coresift("embed", pool, "--out", features, "--encoder", "pixels", "--workers", "0", "--quiet")
+    run = [pool, "--test", test, "--features", features, "--out", str(folder), "--budget", "100", "--seeds", "2", "--"]
+    own = ["--task", "classify", "--model", "resnet18", "--weights", "random", "--image-size", "32"]
+    options = ("epochs=15", "batch_size=25", "optimizer=adamw", "lr=0.003", "schedule=cosine", "crop=pad", "flip=false")
+    return [*run, *own, *("--option=" + option for option in options), "--option=small_stem=true"]
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        run(sys.argv[1:])
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        run(digits(Path(folder)))
+
+
+def run(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pool")
+    parser.add_argument("--test", required=True)
+    parser.add_argument("--features", required=True)
+    parser.add_argument("--patterns")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--budget", required=True)
+    parser.add_argument("--strategies", type=lambda text: text.split(","), default=["random", "kmeans", "activeft"])
+    parser.add_argument("--metrics", type=lambda text: text.split(","), default=["top1"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--all", action="store_true")
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    known, own = parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
+    runs = [(name, seed) for seed in range(known.seeds) for name in known.strategies] + [("all", 0)] * known.all
+    with ThreadPoolExecutor(known.jobs) as at_once:
+        done = list(at_once.map(lambda run: trained(known, own, *run), runs))
+    table: dict[str, dict[str, list[float]]] = {}
+    for name, manifest in done:
+        for metric, value in values(manifest, known.metrics).items():
+            table.setdefault(name, {}).setdefault(metric, []).append(value)
+    metrics = list(next(iter(table.values())))
+    print(f"\n{known.budget} picks, {known.seeds} seeds, mean and standard deviation; {' '.join(own)}")
+    print(f"{'trained on':<14}{'images':>8}" + "".join(f"{metric:>20}" for metric in metrics))
+    for name, columns in table.items():
+        images = next(manifest["num_images"] for other, manifest in done if other == name)
+        cells = [f"{statistics.mean(v):.2f} +- {statistics.stdev(v) if len(v) > 1 else 0:.2f}" for v in columns.values()]
+        print(f"{name:<14}{images:>8}" + "".join(f"{cell:>20}" for cell in cells))
+    print(json.dumps({"budget": known.budget, "options": own, "runs": table}, sort_keys=True))
+
+
+if __name__ == "__main__":
+    main()

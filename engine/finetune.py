@@ -1,0 +1,275 @@
+"""A pool and a selection of it -> a trained model: gathers the images, trains, publishes a checkpoint/ folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from engine import session
+from engine.chosen import Chosen, read_chosen
+from engine.folders import Claim, now, publish, read_manifest, sha256_of
+from engine.gather import Wanted, gather
+from engine.images import ImageSet
+from engine.labels import Labels, read_labels
+from engine.places import Place
+from engine.recipes import resolve
+from engine.retry import reached
+from engine.schema import InputError, Progress, no_progress, result_options
+from engine.sources import Pool, columns_of, open_pool
+from engine.tasks import Setup, build_task
+from engine.training.checkpoints import Saved, newest
+from engine.training.job import Job
+from engine.training.launch import in_process, on_ray
+from engine.training.loop import AVERAGE, steps_place
+from engine.training.machines import WEIGHTS
+from engine.training.optimizers import build_optimizer, parameter_groups
+from engine.training.order import check_split, order_of
+from engine.training.rates import rate_of
+from engine.training.zero import check_zero
+from engine.verbs import FinetuneOptions
+
+BEST = "best.safetensors"
+KEPT = ". The last checkpoint is kept: the same command goes on from it"
+NO_FILE = ("hub", "random")
+RESOLVED = ("recipe", "task", "model", "weights", "model_option")
+"""Options that the setup holds, with every default filled in."""
+UNKNOWN = ("0", "1")
+"""Classes to try a model with, where no file names them before the images are gathered."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a training reads: a pool, what was chosen of it, labels that come apart."""
+
+    pool: Pool
+    chosen: Chosen
+    labels: Labels | None
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Return the classes, where the labels or the pool name them."""
+        return self.labels.class_names if self.labels is not None else self.pool.class_names
+
+    def inputs(self) -> dict[str, Any]:
+        """Return the digests of it all."""
+        labels = self.labels.digest if self.labels is not None else None
+        return {"pool": self.pool.digest, "num_rows": self.pool.num_rows, "chosen": self.chosen.digest, "labels": labels}
+
+
+def _read(options: FinetuneOptions) -> tuple[Data, Data | None]:
+    """Return the data to train on and to test on; raises InputError for what can't be read, or is the same."""
+    columns = columns_of(options)
+    with reached(options.pool):
+        pool = open_pool(options.pool, columns)
+        chosen = read_chosen(options.selection, pool)
+    train = Data(pool, chosen, _labels(options.labels, pool, chosen, pool.class_names, options))
+    if options.test is None:
+        if options.test_labels is not None or options.test_split is not None:
+            raise InputError("--test-labels and --test-split are of a --test pool: give it, too")
+        return train, None
+    with reached(options.test):
+        test = open_pool(options.test, replace(columns, split=options.test_split))
+    if test.digest == pool.digest:
+        raise InputError(
+            f"--test {test.uri!r} is the pool itself: the metrics would be of images trained on. Give another, or name its "
+            "split with --test-split"
+        )
+    every = read_chosen("all", test)
+    labels = _labels(options.test_labels, test, every, train.class_names or test.class_names, options)
+    return train, Data(test, every, labels)
+
+
+def _labels(
+    uri: str | None, pool: Pool, chosen: Chosen, class_names: Sequence[str] | None, options: FinetuneOptions
+) -> Labels | None:
+    if uri is None:
+        return None
+    with reached(uri):
+        return read_labels(uri, pool, chosen, class_names, options.id_column, options.label_column)
+
+
+def _check(options: FinetuneOptions, setup: Setup, num_images: int) -> None:
+    """Raise InputError for options that don't go together, before anything is built."""
+    training = setup.training
+    check_split(training.batch_size, options.workers, training.accumulate)
+    if options.deepspeed is not None:
+        check_zero(options.deepspeed, options.workers, training)
+    order = order_of(training, num_images, options.seed)
+    rate_of(training, order.steps_per_epoch, order.total_steps)
+
+
+def _try(setup: Setup) -> None:
+    """Build the model and its optimiser once: a wrong name, option or file of weights is one error and claims no folder.
+
+    A GPU's memory and the workers' are not touched. Global generators stay as they were.
+    """
+    with torch.random.fork_rng():
+        task = build_task(setup)
+        model = task.build(pretrained=True)
+        build_optimizer(parameter_groups(model, task.rates(model), setup.training), setup.training)
+
+
+def _weights_digest(setup: Setup) -> str | None:
+    """Return the digest of the weights to start from, where they are a file or a checkpoint folder."""
+    if setup.weights in NO_FILE:
+        return None
+    place = Place(setup.weights)
+    manifest = read_manifest(place)
+    if manifest is not None:
+        return str(manifest["files"][WEIGHTS]["sha256"]) if manifest["kind"] == "checkpoint" else None
+    if not place.exists():
+        raise InputError(f"weights file {place.uri!r} does not exist")
+    return sha256_of(place)
+
+
+def _claim(options: FinetuneOptions, setup: Setup, train: Data, test: Data | None) -> Claim:
+    """Return the claim on OUT: all that decides what comes out."""
+    digest = _weights_digest(setup)
+    told = {key: value for key, value in setup.to_json().items() if key != "class_names"}
+    if digest is not None:
+        told["weights"] = "file"
+    inputs = {"train": train.inputs(), "test": test.inputs() if test is not None else None, "weights": digest}
+    kept = {key: value for key, value in result_options(options).items() if key not in (*RESOLVED, *told)}
+    weights = setup.weights if digest is not None else None
+    named = (options.pool, options.selection, options.labels, options.test, options.test_labels, weights)
+    reads = [uri for uri in named if uri is not None]
+    return Claim.of(Place(options.out), "checkpoint", inputs, {**kept, "setup": told}, options.overwrite, reads)
+
+
+def _gather(
+    options: FinetuneOptions, setup: Setup, train: Data, test: Data | None, progress: Progress
+) -> tuple[Setup, ImageSet, ImageSet | None]:
+    """Gather the images into OUT/images and OUT/test; return them, and the setup with its classes."""
+    place, boxes, address = Place(options.out), setup.task == "detect", options.address
+    wanted = Wanted(boxes, strict=True, max_pixels=options.max_pixels)
+    images = gather(train.pool, train.chosen, place.at("images"), wanted, train.labels, address, False, progress)
+    names = images.class_names or tuple(str(label) for label in range(images.manifest["max_label"] + 1))
+    setup = replace(setup, class_names=names)
+    if names != (train.class_names or UNKNOWN):
+        _try(setup)
+    if test is None:
+        return setup, images, None
+    known = names if train.class_names is not None and test.class_names is not None else None
+    wanted = Wanted(boxes, strict=False, max_pixels=options.max_pixels, class_names=known)
+    tests = gather(test.pool, test.chosen, place.at("test"), wanted, test.labels, address, False, progress)
+    if tests.manifest["max_label"] >= len(names):
+        raise InputError(
+            f"--test {test.pool.uri!r} has label {tests.manifest['max_label']}, and what was trained on has classes 0 to "
+            f"{len(names) - 1}: both must number them alike"
+        )
+    return setup, images, tests
+
+
+def _gpus(options: FinetuneOptions) -> float:
+    """Return the GPUs of a worker: 1 by default, where there is one."""
+    there = session.gpus() if options.workers else torch.cuda.device_count()
+    return float(there > 0) if options.gpus_per_worker is None else options.gpus_per_worker
+
+
+def _job(options: FinetuneOptions, setup: Setup, images: ImageSet, test: ImageSet | None) -> Job:
+    return Job(
+        setup=setup if setup.weights in NO_FILE else replace(setup, weights=Place(setup.weights).absolute),
+        out=Place(options.out).absolute,
+        images=images.place.absolute,
+        test=test.place.absolute if test is not None else None,
+        seed=options.seed,
+        workers=options.workers,
+        threads=options.cpus_per_worker,
+        gpus=_gpus(options),
+        loaders=options.loaders,
+        checkpoint_steps=options.checkpoint_steps,
+        deepspeed=options.deepspeed,
+        max_pixels=options.max_pixels,
+    )
+
+
+def _train(job: Job, options: FinetuneOptions, progress: Progress) -> None:
+    if job.workers:
+        on_ray(job, options.max_failures, progress)
+    else:
+        in_process(job, progress)
+
+
+def _metrics(saved: Saved, criterion: str) -> list[dict[str, Any]]:
+    """Return the metrics after the last step, then the best evaluation's, with its epoch."""
+    last, best = saved.facts["last"], saved.facts["best"]
+    metrics = list(last["metrics"]) if last else []
+    if best:
+        note = next(entry["note"] for entry in best["metrics"] if entry["metric"] == criterion)
+        when = f"best of the evaluations, after epoch {best['epoch']:g}, step {best['step']}"
+        metrics.append({"metric": f"best_{criterion}", "value": best["value"], "note": f"{note}; {when}"})
+    return metrics
+
+
+def _publish(claim: Claim, setup: Setup, images: ImageSet, spent: dict[str, Any]) -> dict[str, Any]:
+    """Publish the last weights (their moving average, where there is one), the best ones, and what they gave."""
+    place, steps = claim.place, steps_place(claim.place.address)
+    saved = newest(steps)
+    assert saved is not None
+    averaged = setup.training.ema_decay is not None
+    place.at(WEIGHTS).write(saved.place.at(AVERAGE if averaged else WEIGHTS).read())
+    best = saved.facts["best"]
+    if best:
+        place.at(BEST).write(steps.at(best["weights"]).read())
+    manifest = publish(
+        place,
+        {
+            "model": replace(setup, weights=setup.weights if setup.weights in NO_FILE else Place(setup.weights).uri).to_json(),
+            "metrics": _metrics(saved, build_task(setup).criterion),
+            "best": {key: best[key] for key in ("epoch", "step", "metrics")} if best else None,
+            "steps": saved.step,
+            "epochs": saved.facts["epoch"],
+            "num_images": len(images),
+            "time": {**spent, **{key: round(value, 3) for key, value in saved.facts["spent"].items()}},
+        },
+    )
+    _tidy(place)
+    return manifest
+
+
+def _tidy(place: Place) -> None:
+    """Delete the checkpoints of a training that is published."""
+    if place.at("steps").exists():
+        place.at("steps").remove()
+
+
+def finetune(options: FinetuneOptions, progress: Progress = no_progress) -> dict[str, Any]:
+    """Train a model on the chosen images of a pool; return the manifest of its checkpoint/ folder.
+
+    Run again it goes on from the newest checkpoint, or does nothing where it is done. Raises InputError for unusable
+    input, RunError for a training that diverges, workers that fail too often, or a place that can't be reached.
+    """
+    setup = resolve(options)
+    train, test = _read(options)
+    _check(options, setup, len(train.chosen.rows))
+    with reached(options.out):
+        claim = _claim(options, setup, train, test)
+        published = claim.published()
+        if published is not None:
+            _tidy(claim.place)
+            return published
+    _try(replace(setup, class_names=train.class_names or UNKNOWN))
+    began = time.perf_counter()
+    with reached(options.out, KEPT):
+        claim.take()
+        if options.workers:
+            session.connect(options.address)
+        try:
+            setup, images, tests = _gather(options, setup, train, test, progress)
+        except InputError:
+            if not claim.place.at("steps").exists():
+                claim.place.remove()  # another input is needed, so none of this is
+            raise
+        gathered = time.perf_counter()
+        _train(_job(options, setup, images, tests), options, progress)
+        spent = {
+            "finished": now(),
+            "seconds_s": round(time.perf_counter() - began, 3),
+            "gather_s": round(gathered - began, 3),
+            "train_s": round(time.perf_counter() - gathered, 3),
+        }
+        return _publish(claim, setup, images, spent)

@@ -1,0 +1,60 @@
+"""A detector's training examples: boxes that follow their image through augmentation and resizing."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from engine.images import Record
+from engine.tasks.canvas import CanvasInput
+
+Example = dict[str, torch.Tensor]
+"""image (3, height, width) uint8; boxes (m, 4) float32: left, top, right, bottom in px of that image; labels (m,) int64."""
+
+CROP_PX = 4
+"""Images with a shorter side are not cropped: a crop may take three tenths of a side, which must be a pixel at least."""
+
+
+@functools.lru_cache(maxsize=4)
+def _steps(augment: str, fill: tuple[int, ...]) -> tuple[Any, ...]:
+    flip = v2.RandomHorizontalFlip(0.5)
+    if augment == "none":
+        return ()
+    if augment == "flip":
+        return (flip,)
+    return v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=list(fill)), v2.RandomIoUCrop(), flip
+
+
+def make_example(record: Record, image: Image.Image, given: CanvasInput, augment: str, fill: tuple[int, ...]) -> Example:
+    """Return an image and its boxes, augmented by draws from torch's global generator, and resized as `given` says.
+
+    `none`; `flip`: half of the images from left to right; `ssd` (Liu et al., 2016, section 2.2): colours distorted,
+    half of the images shrunk on a canvas of the colour `fill`, a random crop that has an overlap of a random least IoU
+    with one box at least, flip. Boxes are clipped to the image; those without area left, those whose centre a crop cut
+    off, and crowds are no targets.
+    """
+    kept = ~record.crowd
+    corners = record.boxes[kept].copy()
+    corners[:, 2:] += corners[:, :2]
+    # boxes and labels travel together, so that a step that drops boxes could not part them
+    boxes: Any = tv_tensors.BoundingBoxes(
+        torch.from_numpy(corners),
+        format="XYXY",
+        canvas_size=(image.height, image.width),
+    )
+    for step in _steps(augment, fill):
+        if not (isinstance(step, v2.RandomIoUCrop) and min(image.size) < CROP_PX):
+            image, boxes = step(image, boxes)
+    pixels = given.resize(image)
+    sides = torch.tensor([image.width, image.height] * 2, dtype=torch.float32)
+    resized = torch.tensor([pixels.shape[2], pixels.shape[1]] * 2, dtype=torch.float32)
+    found = (boxes.as_subclass(torch.Tensor) * (resized / sides)).clamp(min=torch.zeros(4), max=resized)
+    area = (found[:, 2:] > found[:, :2]).all(1)
+    labels = torch.from_numpy(record.box_labels[kept])
+    return {"image": torch.from_numpy(np.ascontiguousarray(pixels)), "boxes": found[area], "labels": labels[area]}

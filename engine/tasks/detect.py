@@ -1,0 +1,168 @@
+"""Detection: boxes of classes in images, by torchvision's detectors."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from engine.arrays import Ints
+from engine.decode import decode
+from engine.folders import read_manifest
+from engine.images import Record
+from engine.inputs import Input, Pixels
+from engine.places import Place
+from engine.schema import MAX_PIXELS, InputError
+from engine.tasks import Prediction, Result, Task
+from engine.tasks.boxes import Example, make_example
+from engine.tasks.canvas import CanvasInput
+from engine.tasks.coco import box_ap
+from engine.tasks.detectors import PRETRAINED, Kind, build_detector, canvas_of, kind_of
+from engine.tasks.setup import Setup
+from engine.verbs import DetectOptions
+from engine.weights import read_state
+
+Batch = tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]
+"""Images (3, height, width) uint8 of several sizes, and the boxes and labels of each."""
+
+
+@dataclass
+class Detect:
+    """The task; see `Task` for what its methods give."""
+
+    setup: Setup
+    training: DetectOptions
+    kind: Kind
+    canvas: CanvasInput
+    input: Input
+    column: str = "detections"
+    criterion: str = "AP"
+
+    def build(self, pretrained: bool) -> torch.nn.Module:
+        """Return the detector; a checkpoint folder as weights gives all of it, else they are the backbone's."""
+        folder = pretrained and checkpoint_of(self.setup)
+        model: torch.nn.Module = build_detector(self.setup, pretrained and not folder)
+        if folder:
+            model.load_state_dict(read_state(folder))
+        return model
+
+    def rates(self, model: torch.nn.Module) -> dict[str, float]:
+        """Return 1 for what is new, `backbone_lr` over `lr` for the pretrained network; what is frozen is left out."""
+        training = self.training
+        ratio = 1.0 if training.backbone_lr is None else training.backbone_lr / training.lr
+        return {
+            name: ratio if PRETRAINED.match(name) else 1.0
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def train_mode(self, model: torch.nn.Module) -> None:
+        """Put the model into training mode, but for frozen batch norms, which keep their statistics."""
+        model.train()
+        for module in model.modules():
+            if isinstance(module, _BatchNorm) and not module.weight.requires_grad:
+                module.eval()
+
+    def check(self, record: Record) -> str | None:
+        """Return why an image can't be used: a box of a class that the detector does not know."""
+        unknown = record.box_labels[(record.box_labels < 0) | (record.box_labels >= len(self.setup.class_names))]
+        if not len(unknown):
+            return None
+        return f"a box of class {unknown[0]}, and the detector knows classes 0 to {len(self.setup.class_names) - 1}"
+
+    def example(self, record: Record) -> Example:
+        """Return the image as evaluation sees it, but for augmentation, and its boxes."""
+        image, _ = decode(record.data, MAX_PIXELS)
+        return make_example(record, image, self.canvas, self.training.augment, (124, 116, 104))
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Return the images and their targets, with the head's own class numbers."""
+        targets = [{"boxes": one["boxes"], "labels": one["labels"] + self.kind.offset} for one in examples]
+        return [one["image"] for one in examples], targets
+
+    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Return the sum of the detector's losses, each averaged as torchvision does (FCOS, SSD: over the batch's boxes).
+
+        An image without boxes is all background; SSD, whose negatives are three to a positive, learns nothing from it.
+        One image alone (the rest of an epoch) is normalised by running statistics: SSDlite's coarsest map is a pixel, and
+        has no variance.
+        """
+        images, targets = batch
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
+        for module in norms:
+            module.train(len(images) > 1)
+        losses: dict[str, torch.Tensor] = model([image.float() / 255 for image in images], targets)
+        for module in norms:
+            module.train()
+        return torch.stack(list(losses.values())).sum()
+
+    def predict(self, model: torch.nn.Module, pixels: Pixels, sizes: Ints) -> list[Prediction]:
+        """Return each image's boxes in px as stored.
+
+        Images that pad to one shape go through the model together, so that what an image gives does not depend on those
+        beside it.
+        """
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for at, (width, height) in enumerate(sizes.tolist()):
+            tall, wide = self.canvas.shape(width, height)
+            groups[-(-tall // 32), -(-wide // 32)].append(at)
+        device = next(model.parameters()).device
+        found: dict[int, Prediction] = {}
+        with torch.inference_mode():
+            for rows in groups.values():
+                cut = [np.ascontiguousarray(self.canvas.cut(pixels[at], *sizes[at].tolist())) for at in rows]
+                images = [torch.from_numpy(image).to(device).float() / 255 for image in cut]
+                for at, image, boxes in zip(rows, cut, model(images), strict=True):
+                    found[at] = self._stored(boxes, image.shape[2] / sizes[at, 0], image.shape[1] / sizes[at, 1])
+        return [found[at] for at in range(len(sizes))]
+
+    def _stored(self, boxes: dict[str, torch.Tensor], scale_x: float, scale_y: float) -> Prediction:
+        """Return a model's boxes of one image as (m, 6), best first, by its scale in both directions."""
+        corners = boxes["boxes"].cpu().double().numpy() / [scale_x, scale_y, scale_x, scale_y]
+        scores, labels = boxes["scores"].cpu().numpy(), boxes["labels"].cpu().numpy() - self.kind.offset
+        table = np.column_stack([corners[:, :2], corners[:, 2:] - corners[:, :2], scores, labels])
+        return table[np.argsort(-scores, kind="stable")].astype(np.float32)
+
+    def measure(self, predictions: Sequence[Prediction], records: Sequence[Record]) -> list[Result]:
+        """Return COCO's box AP and its other figures, then AP of each class."""
+        return box_ap(predictions, records, self.setup.class_names)
+
+
+def checkpoint_of(setup: Setup) -> str | None:
+    """Return the file of a checkpoint folder that the setup names as weights, or None where it names something else.
+
+    Raises InputError that says what differs where the folder holds another model.
+    """
+    if setup.weights in ("hub", "random"):
+        return None
+    place = Place(setup.weights)
+    manifest = read_manifest(place)
+    if manifest is None or manifest["kind"] != "checkpoint":
+        return None
+    theirs: dict[str, Any] = manifest["model"]
+    ours = setup.to_json()
+    for name in ("task", "model", "model_option", "class_names"):
+        if list(theirs[name]) != list(ours[name]):
+            raise InputError(f"checkpoint {setup.weights!r} holds a model with {name} {theirs[name]}, not {ours[name]}")
+    return place.at("model.safetensors").address
+
+
+def build(setup: Setup) -> Task:
+    """Return the task; raises InputError for a model that is not known or options that it does not take."""
+    training = setup.training
+    assert isinstance(training, DetectOptions)
+    if training.layer_decay != 1:
+        raise InputError(
+            f"option layer_decay is {training.layer_decay}: a detector takes backbone_lr and trainable_layers only"
+        )
+    if training.lr == 0 and training.backbone_lr is not None:
+        raise InputError(
+            f"option lr is 0 and backbone_lr {training.backbone_lr}: rates are relative to lr, which must be positive"
+        )
+    canvas = canvas_of(setup)
+    return Detect(setup, training, kind_of(setup.model), canvas, canvas)

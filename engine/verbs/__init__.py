@@ -1,0 +1,40 @@
+"""The options of every verb, declared once: the command line, job files and docs read them from here.
+
+One dataclass a verb, each field `Annotated[type, Opt(help, range)]`. Options with `result=False` change how the work
+is done, never what comes out.
+"""
+
+from engine.verbs.features import (
+    CompareOptions,
+    DedupOptions,
+    DemoOptions,
+    EmbedOptions,
+    EvaluateOptions,
+    ImportOptions,
+    SelectOptions,
+)
+from engine.verbs.shared import PoolOptions, PreprocessingOptions
+from engine.verbs.training import (
+    ClassifyOptions,
+    DetectOptions,
+    FinetuneOptions,
+    PredictOptions,
+    TrainingOptions,
+)
+
+__all__ = [
+    "ClassifyOptions",
+    "CompareOptions",
+    "DedupOptions",
+    "DemoOptions",
+    "DetectOptions",
+    "EmbedOptions",
+    "EvaluateOptions",
+    "FinetuneOptions",
+    "ImportOptions",
+    "PoolOptions",
+    "PredictOptions",
+    "PreprocessingOptions",
+    "SelectOptions",
+    "TrainingOptions",
+]

@@ -1,0 +1,80 @@
+"""What several verbs' options share: annotated types of single options, and groups of options as base classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from engine.schema import MAX_PIXELS, Opt
+
+Out = Annotated[str, Opt("Folder to write; goes on where it stopped, refuses another run's.", metavar="DIR", result=False)]
+Overwrite = Annotated[bool, Opt("Empty the output folder first if it holds another run of coresift.", result=False)]
+Address = Annotated[str | None, Opt("Ray cluster to join; a local one is started where it is needed.", result=False)]
+Seed = Annotated[int, Opt("Seed of every random draw.", min=0)]
+Normalize = Annotated[bool, Opt("L2-normalise the vectors first, as the papers do.")]
+Workers = Annotated[
+    int | None,
+    Opt(
+        "0 computes in this process, N on N Ray actors. Default: this process if the features fit, else the cluster.",
+        min=0,
+        result=False,
+    ),
+]
+Exclude = Annotated[
+    str | None,
+    Opt("What may not be picked: a dedup folder, ids (.txt), pool rows (.json, .npy), or column:NAME.", result=False),
+]
+Memory = Annotated[
+    str | None,
+    Opt("Vectors a shard may hold in memory (4GiB); more are read on every use. Default: half of what is free.", result=False),
+]
+Device = Annotated[
+    str, Opt("Where vectors are worked on; auto is a GPU if there is one.", choices=("auto", "cpu", "cuda"), result=False)
+]
+Precision = Annotated[
+    str,
+    Opt(
+        "Of the fast products, which never decide what they can't: it changes the time, not the picks.",
+        choices=("float32", "tf32", "bf16"),
+        result=False,
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolOptions:
+    """How the columns and files of a pool are read."""
+
+    images: Annotated[
+        str | None, Opt("COCO, lists: folder of the images they name. Default: found beside the file.", metavar="DIR")
+    ] = None
+    split: Annotated[str | None, Opt("datasets, VOC: which split. Default: train, trainval.")] = None
+    image_column: Annotated[
+        str | None,
+        Opt("Tables: column of the images. Default: image, img; or uri, path, file_name, image_path, url."),
+    ] = None
+    label_column: Annotated[str | None, Opt("Tables, tar: column of the labels. Default: label, labels or fine_label.")] = None
+    id_column: Annotated[str | None, Opt("Tables: column of the ids. Default: id, if there, else the images' paths.")] = None
+    metadata_column: Annotated[
+        tuple[str, ...],
+        Opt("Tables, tar: a further column to keep. Repeatable. Default: all that can be.", metavar="NAME", repeat=True),
+    ] = ()
+    max_pixels: Annotated[int, Opt("Images with more pixels are rejected before they are decoded.", min=1)] = MAX_PIXELS
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessingOptions:
+    """How an RGB image becomes a network's input, where that is not the model's own way."""
+
+    image_size: Annotated[int | None, Opt("Input side in px. Default: the model's own.", min=8, max=4096)] = None
+    mean: Annotated[tuple[float, ...] | None, Opt("Pixel mean in 0..1, one value or three. Default: the model's own.")] = None
+    std: Annotated[tuple[float, ...] | None, Opt("Pixel std in 0..1, one value or three. Default: the model's own.")] = None
+    interpolation: Annotated[
+        str | None, Opt("Resize filter. Default: the model's own.", choices=("bilinear", "bicubic", "lanczos", "nearest"))
+    ] = None
+    crop_pct: Annotated[
+        float | None, Opt("Share of the resized image that the crop keeps. Default: the model's own.", min=0.05, max=1)
+    ] = None
+    crop_mode: Annotated[
+        str | None, Opt("center crops, squash resizes both sides, border pads.", choices=("center", "squash", "border"))
+    ] = None
