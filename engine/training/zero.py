@@ -11,6 +11,8 @@ import importlib.util
 import logging
 import os
 import re
+import shutil
+import sys
 import tempfile
 from typing import Any
 
@@ -50,6 +52,8 @@ class Shards:
     def __init__(self, task: Task, model: torch.nn.Module, job: Job, device: torch.device) -> None:
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
+        if shutil.which("ninja") is None:  # DeepSpeed builds an operator with it; pip puts it beside Python
+            os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
