@@ -20,6 +20,8 @@ from engine.training.seeds import kept
 RAYS_OWN = "ray"
 """Folder in OUT that Ray Train keeps its books in while it runs."""
 LOOK_EVERY_S = 0.5
+PATIENCE_S = 60.0
+"""How long an interrupted run waits for Ray Train to end."""
 
 
 def in_process(job: Job, progress: Progress) -> None:
@@ -133,17 +135,20 @@ def on_ray(job: Job, max_failures: int, progress: Progress) -> None:
             run.join(LOOK_EVERY_S)
             for shown in ray.get(board.take.remote()):
                 progress(*shown)
+        verdict = ray.get(board.verdict.remote())
+        ray.kill(board)
+    except ray.exceptions.RayError as error:  # the board is beside this process: without it there is no session any more
+        raise RunError(f"the Ray session was lost: {first_line(error)}. {_kept(job)}") from error
     except BaseException:
-        for worker in ray.get(board.cancel.remote()):
-            ray.kill(worker)
-        run.join()
+        with contextlib.suppress(ray.exceptions.RayError):
+            for worker in ray.get(board.cancel.remote()):
+                ray.kill(worker)
+        run.join(PATIENCE_S)
         raise
     finally:
         own = place.at(RAYS_OWN)
         if own.exists():
             own.remove()
-    verdict = ray.get(board.verdict.remote())
-    ray.kill(board)
     if verdict is not None:
         raise {"InputError": InputError, "RunError": RunError}[verdict[0]](verdict[1])
     if failures:
@@ -180,9 +185,12 @@ def _too_often(job: Job, max_failures: int, failure: BaseException) -> RunError:
     """Return the error of a training whose workers failed once more than they may."""
     by_worker = getattr(failure, "worker_failures", None) or {0: failure}
     cause = next(iter(by_worker.values()))
-    saved = newest(steps_place(job.out))
-    kept_there = f"the checkpoint after step {saved.step} is kept" if saved else "no checkpoint was written yet"
     return RunError(
-        f"the workers failed more than --max-failures {max_failures} times, the last time: {first_line(cause)}. In "
-        f"{Place(job.out).uri} {kept_there}: the same command goes on from there"
+        f"the workers failed more than --max-failures {max_failures} times, the last time: {first_line(cause)}. {_kept(job)}"
     )
+
+
+def _kept(job: Job) -> str:
+    saved = newest(steps_place(job.out))
+    there = f"the checkpoint after step {saved.step} is kept" if saved else "no checkpoint was written yet"
+    return f"In {Place(job.out).uri} {there}: the same command goes on from there"
