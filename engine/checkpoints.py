@@ -10,9 +10,10 @@ from engine.folders import digest_of, read_manifest, read_run
 from engine.places import Place
 from engine.schema import InputError
 from engine.tasks import Setup, Task, build_task, setup_from
+from engine.tasks.setup import WEIGHTS
 from engine.weights import misfit, read_state
 
-LAST, BEST = "model.safetensors", "best.safetensors"
+BEST = "best.safetensors"
 
 
 class Checkpoint:
@@ -45,7 +46,7 @@ class Checkpoint:
             raise InputError(
                 f"{self.place.uri} has no weights of a best evaluation, as it was trained without --test: leave out --best"
             )
-        return BEST if best else LAST
+        return BEST if best else WEIGHTS
 
     def digest(self, best: bool = False) -> str:
         """Return what tells these weights and their setup from others, wherever the folder lies."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from engine import session
+from engine.backbones import NO_FILE
+from engine.checkpoints import BEST
 from engine.chosen import Chosen, read_chosen
 from engine.folders import Claim, now, publish, read_manifest, sha256_of
 from engine.gather import Wanted, gather
@@ -21,20 +23,18 @@ from engine.retry import reached
 from engine.schema import InputError, Progress, no_progress, result_options
 from engine.sources import Pool, columns_of, open_pool
 from engine.tasks import Setup, build_task
+from engine.tasks.setup import WEIGHTS
 from engine.training.checkpoints import Saved, newest
 from engine.training.job import Job
 from engine.training.launch import in_process, on_ray
 from engine.training.loop import AVERAGE, steps_place
-from engine.training.machines import WEIGHTS
 from engine.training.optimizers import build_optimizer, parameter_groups
 from engine.training.order import check_split, order_of
 from engine.training.rates import rate_of
 from engine.training.zero import check_zero
 from engine.verbs import FinetuneOptions
 
-BEST = "best.safetensors"
 KEPT = ". The last checkpoint is kept: the same command goes on from it"
-NO_FILE = ("hub", "random")
 RESOLVED = ("recipe", "task", "model", "weights", "model_option")
 """Options that the setup holds, with every default filled in."""
 UNKNOWN = ("0", "1")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -62,10 +63,13 @@ class Labels:
         boxes = self.boxes.to_pylist() if self.boxes is not None else None
         return digest_of([self.ids.to_pylist(), self.codes.tolist(), boxes, self.class_names])
 
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.ids.to_pylist())}
+
     def find(self, ids: Sequence[str]) -> Ints:
         """Return the place of each id among the k, (m,) int64, -1 for one that the file does not name."""
-        at = pc.index_in(pa.array(ids, pa.string()), value_set=self.ids)
-        return np.asarray(at.fill_null(-1).to_numpy(), dtype=np.int64)
+        return np.array([self._places.get(name, -1) for name in ids], dtype=np.int64)
 
 
 @dataclass(frozen=True)

@@ -397,7 +397,7 @@ def test_a_checkpoint_folder_gives_the_whole_detector(tmp_path):
     torch.manual_seed(2)
     again = build_task(setup_of(weights=str(tmp_path))).build(True)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
-    with pytest.raises(InputError, match="with model fcos:test_efficientnet, not ssd:test_efficientnet"):
+    with pytest.raises(InputError, match="with model 'fcos:test_efficientnet', not 'ssd:test_efficientnet'"):
         build_task(setup_of("ssd:test_efficientnet", weights=str(tmp_path))).build(True)
     named = dataclasses.replace(setup_of(weights=str(tmp_path)), class_names=("a", "b", "c"))
     with pytest.raises(InputError, match="with class_names"):

@@ -1,4 +1,4 @@
-"""What a model is finetuned for: the TASKS table.
+"""What a model is finetuned for: a module a task, named in `setup.TRAINING`, with `build(setup) -> Task`.
 
 A task knows models, transforms, losses and metrics; it knows no optimiser, no files, no Ray. The trainer sees it through
 `Task` alone.
@@ -30,7 +30,7 @@ Batch = Any
 
 
 class Task(Protocol):
-    """What every entry of TASKS builds."""
+    """What every task's module builds."""
 
     setup: Setup
     column: str

@@ -9,14 +9,11 @@ from timm.models._manipulate import group_with_matcher
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.backbones import NO_FILE, create_network, resize
-from engine.folders import read_manifest
 from engine.places import Place
 from engine.schema import InputError
-from engine.tasks.setup import Setup
+from engine.tasks.setup import WEIGHTS, Setup, starting_checkpoint
 from engine.verbs import ClassifyOptions
 from engine.weights import load_backbone, read_state
-
-WEIGHTS = "model.safetensors"
 
 
 class Classifier(torch.nn.Module):
@@ -71,18 +68,8 @@ def _checkpoint(setup: Setup, training: ClassifyOptions) -> dict[str, Any] | Non
 
     Raises InputError that says what differs where the folder holds another model, or is no finished checkpoint.
     """
-    place = Place(setup.weights)
-    manifest = read_manifest(place)
-    if manifest is None or manifest["kind"] != "checkpoint":
-        if manifest is not None or place.names():
-            raise InputError(f"weights {setup.weights!r} are a folder, but not a finished checkpoint that finetune wrote")
-        return None
-    theirs: dict[str, Any] = manifest["model"]
-    ours = {"task": setup.task, "model": setup.model, "model_option": list(setup.model_option)}
-    for name, value in ours.items():
-        if theirs[name] != value:
-            raise InputError(f"checkpoint {setup.weights!r} holds a model with {name} {theirs[name]!r}, not {value!r}")
-    if theirs["training"]["small_stem"] != training.small_stem:
+    theirs = starting_checkpoint(setup, ("task", "model", "model_option"))
+    if theirs is not None and theirs["training"]["small_stem"] != training.small_stem:
         raise InputError(f"checkpoint {setup.weights!r} was trained with small_stem {theirs['training']['small_stem']}")
     return theirs
 

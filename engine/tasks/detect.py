@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.arrays import Ints
 from engine.decode import decode
-from engine.folders import read_manifest
 from engine.images import Record
 from engine.inputs import Input, Pixels
 from engine.places import Place
@@ -23,7 +21,7 @@ from engine.tasks.boxes import Example, make_example
 from engine.tasks.canvas import CanvasInput
 from engine.tasks.coco import box_ap
 from engine.tasks.detectors import PRETRAINED, Kind, build_detector, canvas_of, kind_of
-from engine.tasks.setup import Setup
+from engine.tasks.setup import WEIGHTS, Setup, starting_checkpoint
 from engine.verbs import DetectOptions
 from engine.weights import read_state
 
@@ -45,10 +43,10 @@ class Detect:
 
     def build(self, pretrained: bool) -> torch.nn.Module:
         """Return the detector; a checkpoint folder as weights gives all of it, else they are the backbone's."""
-        folder = pretrained and checkpoint_of(self.setup)
+        folder = pretrained and starting_checkpoint(self.setup, ("task", "model", "model_option", "class_names"))
         model: torch.nn.Module = build_detector(self.setup, pretrained and not folder)
         if folder:
-            model.load_state_dict(read_state(folder))
+            model.load_state_dict(read_state(Place(self.setup.weights).at(WEIGHTS).address))
         return model
 
     def rates(self, model: torch.nn.Module) -> dict[str, float]:
@@ -131,25 +129,6 @@ class Detect:
     def measure(self, predictions: Sequence[Prediction], records: Sequence[Record]) -> list[Result]:
         """Return COCO's box AP and its other figures, then AP of each class."""
         return box_ap(predictions, records, self.setup.class_names)
-
-
-def checkpoint_of(setup: Setup) -> str | None:
-    """Return the file of a checkpoint folder that the setup names as weights, or None where it names something else.
-
-    Raises InputError that says what differs where the folder holds another model.
-    """
-    if setup.weights in ("hub", "random"):
-        return None
-    place = Place(setup.weights)
-    manifest = read_manifest(place)
-    if manifest is None or manifest["kind"] != "checkpoint":
-        return None
-    theirs: dict[str, Any] = manifest["model"]
-    ours = setup.to_json()
-    for name in ("task", "model", "model_option", "class_names"):
-        if list(theirs[name]) != list(ours[name]):
-            raise InputError(f"checkpoint {setup.weights!r} holds a model with {name} {theirs[name]}, not {ours[name]}")
-    return place.at("model.safetensors").address
 
 
 def build(setup: Setup) -> Task:

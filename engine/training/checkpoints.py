@@ -79,6 +79,12 @@ def newest(steps: Place) -> Saved | None:
     return None
 
 
+def told_kept(steps: Place) -> str:
+    """Return what is left of a training that ends early, for an error's text."""
+    saved = newest(steps)
+    return f"the checkpoint after step {saved.step} is kept" if saved else "no checkpoint was written yet"
+
+
 def _folders(steps: Place) -> list[Place]:
     """Return the folders of checkpoints, finished or not, newest first."""
     return [steps.at(name) for name in sorted(steps.names(), reverse=True) if name.startswith("step-")]

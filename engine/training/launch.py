@@ -12,7 +12,7 @@ import torch
 from engine import session
 from engine.places import Place
 from engine.schema import InputError, Progress, RunError, first_line
-from engine.training.checkpoints import newest
+from engine.training.checkpoints import told_kept
 from engine.training.job import DivergedError, Job
 from engine.training.loop import Training, steps_place
 from engine.training.seeds import kept
@@ -191,6 +191,4 @@ def _too_often(job: Job, max_failures: int, failure: BaseException) -> RunError:
 
 
 def _kept(job: Job) -> str:
-    saved = newest(steps_place(job.out))
-    there = f"the checkpoint after step {saved.step} is kept" if saved else "no checkpoint was written yet"
-    return f"In {Place(job.out).uri} {there}: the same command goes on from there"
+    return f"In {Place(job.out).uri} {told_kept(steps_place(job.out))}: the same command goes on from there"

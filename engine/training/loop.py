@@ -19,12 +19,13 @@ from timm.utils.model_ema import ModelEmaV3
 from engine.places import Place
 from engine.schema import InputError, Progress
 from engine.tasks import Result
-from engine.training.checkpoints import Saved, folder_of, newest, publish_step, write_file
+from engine.tasks.setup import WEIGHTS
+from engine.training.checkpoints import Saved, folder_of, newest, publish_step, told_kept, write_file
 from engine.training.evaluation import evaluate, open_test
 from engine.training.examples import Part, Source, TrainingParts, feed, to_device
 from engine.training.job import DivergedError, Job
 from engine.training.log import Log
-from engine.training.machines import WEIGHTS, Machine, Replica, load_weights, share_buffers, to_safetensors
+from engine.training.machines import Machine, Replica, load_weights, share_buffers, to_safetensors
 from engine.training.order import order_of
 from engine.training.rates import rate_of
 from engine.training.seeds import BUILD, PART, seed_all
@@ -180,8 +181,7 @@ class Training:
         self.progress("train", self.done, self.order.total_steps, note)
 
     def _diverged(self, step: int, what: str, rate: float) -> DivergedError:
-        saved = newest(self.steps)
-        kept = f"The checkpoint after step {saved.step} is kept" if saved else "No checkpoint was written yet"
+        kept = told_kept(self.steps).capitalize()
         clip = "" if self.options.clip_grad is not None else ", --option clip_grad=1"
         return DivergedError(
             f"step {step} of {self.order.total_steps} gave {what} at rate {rate:.3g}: the training diverged. Try a lower lr, a "

@@ -16,11 +16,12 @@ import torch.distributed as dist
 from engine.places import Place
 from engine.schema import InputError
 from engine.tasks import Batch, Task
+from engine.tasks.setup import WEIGHTS
 from engine.training.checkpoints import Saved, write_file
 from engine.training.job import Job
 from engine.training.optimizers import build_optimizer, parameter_groups, set_rate
 
-WEIGHTS, STATE = "model.safetensors", "optimizer.pt"
+STATE = "optimizer.pt"
 
 
 class Learner(torch.nn.Module):
