@@ -28,14 +28,10 @@ from engine.schema import InputError, Progress, no_progress, result_options
 from engine.select import read_selection
 from engine.shards import Shards
 from engine.store import FeatureStore
-from engine.verbs import CompareOptions, EvaluateOptions
+from engine.verbs import EvaluateOptions, MeasureOptions
 
 LINEAR_RATE, LINEAR_BATCH = 0.01, 128
 EMD_KEY = 7
-
-
-Measures = EvaluateOptions | CompareOptions
-"""Both have the options that `measure` reads: metrics, neighbors, linear_epochs, emd_sample."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +156,7 @@ def coverage(store: FeatureStore, shards: Shards, rows: Ints, sample: int, seed:
 
 
 def measure(
-    store: FeatureStore, shards: Shards, rows: Ints, test: Labelled | None, options: Measures, seed: int
+    store: FeatureStore, shards: Shards, rows: Ints, test: Labelled | None, options: MeasureOptions, seed: int
 ) -> Iterator[Result]:
     """Yield every metric asked for, for the labelled pool rows `rows`; `shards` hold the normalised vectors."""
     if "coverage" in options.metrics:

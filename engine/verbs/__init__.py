@@ -13,7 +13,7 @@ from engine.verbs.features import (
     ImportOptions,
     SelectOptions,
 )
-from engine.verbs.shared import PoolOptions, PreprocessingOptions
+from engine.verbs.shared import MeasureOptions, PoolOptions, PreprocessingOptions
 from engine.verbs.training import (
     ClassifyOptions,
     DetectOptions,
@@ -32,6 +32,7 @@ __all__ = [
     "EvaluateOptions",
     "FinetuneOptions",
     "ImportOptions",
+    "MeasureOptions",
     "PoolOptions",
     "PredictOptions",
     "PreprocessingOptions",

@@ -7,9 +7,11 @@ from typing import Annotated
 
 from engine.schema import Opt
 from engine.verbs.shared import (
+    ActorOptions,
     Address,
     Device,
     Exclude,
+    MeasureOptions,
     Memory,
     Normalize,
     Out,
@@ -23,7 +25,7 @@ from engine.verbs.shared import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedOptions(PoolOptions, PreprocessingOptions):
+class EmbedOptions(PoolOptions, PreprocessingOptions, ActorOptions):
     """Embed a pool of images: one vector for each."""
 
     pool: Annotated[
@@ -68,7 +70,6 @@ class EmbedOptions(PoolOptions, PreprocessingOptions):
         str, Opt("`patterns`: how local features are clustered; GEAL v1: cosine.", choices=("euclidean", "cosine"))
     ] = "euclidean"
     seed: Seed = 0
-    dtype: Annotated[str, Opt("How vectors are stored.", choices=("float32", "float16"))] = "float32"
     batch_size: Annotated[
         int | None, Opt("Images in a batch of the encoder. Default: 16 on a CPU, 256 on a GPU.", min=1, max=65536)
     ] = None
@@ -80,28 +81,6 @@ class EmbedOptions(PoolOptions, PreprocessingOptions):
     draft: Annotated[
         bool, Opt("Decode JPEGs of twice the wanted size or more at a half, quarter or eighth: faster, other pixels.")
     ] = False
-    max_rejected: Annotated[str, Opt("Share (1%) or count of bad images above which the run fails.", result=False)] = "1%"
-    workers: Annotated[
-        str | int | None,
-        Opt(
-            "Ray actors: N, or MIN:MAX as the cluster has room; 0 embeds in this process. Default: one a GPU, else one a CPU.",
-            metavar="N|MIN:MAX",
-            result=False,
-        ),
-    ] = None
-    decode_workers: Annotated[
-        str | int,
-        Opt(
-            "Ray tasks, a CPU each, that read and decode ahead of each actor; 0: the actor itself does. auto: the CPUs that "
-            "actors on GPUs leave, else 0.",
-            metavar="N|auto",
-            result=False,
-        ),
-    ] = "auto"
-    cpus_per_worker: Annotated[int, Opt("CPU threads of an actor; another number may round differently.", min=1)] = 1
-    gpus_per_worker: Annotated[
-        float | None, Opt("GPUs of an actor. Default: 1 if the cluster has one.", min=0, result=False)
-    ] = None
     address: Address = None
     overwrite: Overwrite = False
 
@@ -184,7 +163,7 @@ class DedupOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(PoolOptions):
+class EvaluateOptions(PoolOptions, MeasureOptions):
     """Measure what a selection is worth on stored features, or a trained model on a labelled pool."""
 
     subject: Annotated[str, Opt("Feature store the selection was made from, or a checkpoint folder.", positional=True)]
@@ -209,16 +188,6 @@ class EvaluateOptions(PoolOptions):
     max_rejected: Annotated[
         str, Opt("Checkpoint: share (1%) or count of bad images above which the run fails.", result=False)
     ] = "1%"
-    metrics: Annotated[tuple[str, ...], Opt("Which, comma-separated.", choices=("knn", "linear", "coverage"))] = (
-        "knn",
-        "linear",
-        "coverage",
-    )
-    neighbors: Annotated[tuple[int, ...], Opt("k of the k-NN accuracies.", min=1)] = (1, 20)
-    linear_epochs: Annotated[int, Opt("Epochs of the linear probe.", min=1)] = 100
-    emd_sample: Annotated[
-        int, Opt("Pool rows in the earth mover's distance (exact on this seeded sample).", min=1, max=20000)
-    ] = 2000
     seed: Seed = 0
     out: Annotated[str | None, Opt("Folder to write the metrics to. Default: only print.", metavar="DIR", result=False)] = None
     workers: Workers = None
@@ -230,7 +199,7 @@ class EvaluateOptions(PoolOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions:
+class CompareOptions(MeasureOptions):
     """Strategies x budgets x seeds on one feature store: one table."""
 
     features: Annotated[str, Opt("Feature store to select from.", positional=True)]
@@ -240,14 +209,6 @@ class CompareOptions:
     test: Annotated[str | None, Opt("Labelled feature store to test on.", metavar="FEATURES", result=False)] = None
     exclude: Exclude = None
     seeds: Annotated[int, Opt("Seeds 0..N-1.", min=1, max=1000)] = 3
-    metrics: Annotated[tuple[str, ...], Opt("Which, comma-separated.", choices=("knn", "linear", "coverage"))] = (
-        "knn",
-        "linear",
-        "coverage",
-    )
-    neighbors: Annotated[tuple[int, ...], Opt("k of the k-NN accuracies.", min=1)] = (1, 20)
-    linear_epochs: Annotated[int, Opt("Epochs of the linear probe.", min=1)] = 100
-    emd_sample: Annotated[int, Opt("Pool rows in the earth mover's distance.", min=1, max=20000)] = 2000
     workers: Workers = None
     memory_per_shard: Memory = None
     device: Device = "auto"

@@ -78,3 +78,48 @@ class PreprocessingOptions:
     crop_mode: Annotated[
         str | None, Opt("center crops, squash resizes both sides, border pads.", choices=("center", "squash", "border"))
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorOptions:
+    """How a pool goes through a network: who does it, and how the vectors are stored."""
+
+    dtype: Annotated[str, Opt("How vectors are stored.", choices=("float32", "float16"))] = "float32"
+    max_rejected: Annotated[str, Opt("Share (1%) or count of bad images above which the run fails.", result=False)] = "1%"
+    workers: Annotated[
+        str | int | None,
+        Opt(
+            "Ray actors: N, or MIN:MAX as the cluster has room; 0 works in this process. Default: one a GPU, else one a CPU.",
+            metavar="N|MIN:MAX",
+            result=False,
+        ),
+    ] = None
+    decode_workers: Annotated[
+        str | int,
+        Opt(
+            "Ray tasks, a CPU each, that read and decode ahead of each actor; 0: the actor itself does. auto: the CPUs that "
+            "actors on GPUs leave, else 0.",
+            metavar="N|auto",
+            result=False,
+        ),
+    ] = "auto"
+    cpus_per_worker: Annotated[int, Opt("CPU threads of an actor; another number may round differently.", min=1)] = 1
+    gpus_per_worker: Annotated[
+        float | None, Opt("GPUs of an actor. Default: 1 if the cluster has one.", min=0, result=False)
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions:
+    """What is measured of a selection, on stored features."""
+
+    metrics: Annotated[tuple[str, ...], Opt("Which, comma-separated.", choices=("knn", "linear", "coverage"))] = (
+        "knn",
+        "linear",
+        "coverage",
+    )
+    neighbors: Annotated[tuple[int, ...], Opt("k of the k-NN accuracies.", min=1)] = (1, 20)
+    linear_epochs: Annotated[int, Opt("Epochs of the linear probe.", min=1)] = 100
+    emd_sample: Annotated[
+        int, Opt("Pool rows in the earth mover's distance (exact on this seeded sample).", min=1, max=20000)
+    ] = 2000

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from engine.schema import Opt
-from engine.verbs.shared import Address, Out, Overwrite, PoolOptions, PreprocessingOptions, Seed
+from engine.verbs.shared import ActorOptions, Address, Out, Overwrite, PoolOptions, PreprocessingOptions, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,33 +180,16 @@ class FinetuneOptions(PoolOptions, PreprocessingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictOptions(PoolOptions):
+class PredictOptions(PoolOptions, ActorOptions):
     """Write a trained model's probabilities or boxes for every image of a pool, as a feature store."""
 
     pool: Annotated[str, Opt("Any pool that embed takes.", positional=True)]
     checkpoint: Annotated[str, Opt("Checkpoint folder that finetune wrote.", metavar="DIR", result=False)]
     out: Out
     best: Annotated[bool, Opt("Use the weights of the best evaluation instead of the last.")] = False
-    dtype: Annotated[str, Opt("How vectors are stored.", choices=("float32", "float16"))] = "float32"
     batch_size: Annotated[
         int | None, Opt("Images in a batch. Default: 16 on a CPU, 256 on a GPU; detectors 4 and 16.", min=1, max=65536)
     ] = None
     precision: Annotated[str, Opt("Of the network's products (autocast).", choices=("float32", "bf16"))] = "float32"
-    max_rejected: Annotated[str, Opt("Share (1%) or count of bad images above which the run fails.", result=False)] = "1%"
-    workers: Annotated[
-        str | int | None,
-        Opt(
-            "Ray actors: N, or MIN:MAX; 0 predicts in this process. Default: one a GPU, else one a CPU.",
-            metavar="N|MIN:MAX",
-            result=False,
-        ),
-    ] = None
-    decode_workers: Annotated[
-        str | int, Opt("Ray tasks, a CPU each, that decode ahead of each actor.", metavar="N|auto", result=False)
-    ] = "auto"
-    cpus_per_worker: Annotated[int, Opt("CPU threads of an actor; another number may round differently.", min=1)] = 1
-    gpus_per_worker: Annotated[
-        float | None, Opt("GPUs of an actor. Default: 1 if the cluster has one.", min=0, result=False)
-    ] = None
     address: Address = None
     overwrite: Overwrite = False
