@@ -27,8 +27,9 @@ class Block:
     """A fixed range of pool rows, the unit of work and of rounding.
 
     `data` holds the vectors, `x` (r, d) float32, or reads them when they are wanted; `rows` (r,) the pool row of each
-    vector, ascending; `columns` the per-row columns that the method declared; `eligible` (r,) False for rows that may
-    not be picked; `state` what a method keeps between rounds, lost when a shard is restarted.
+    vector, ascending; `columns` the per-row columns that the method declared; `predictions` what a model gave for each
+    row, or what reads it: `probs` (r, classes), or `score` (r, k), of an image's boxes, NaN beyond its last; `eligible`
+    (r,) False for rows that may not be picked; `state` what a method keeps between rounds, lost when a shard is restarted.
     """
 
     index: int
@@ -37,6 +38,7 @@ class Block:
     eligible: Bools
     columns: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
+    predictions: dict[str, torch.Tensor | Source] = field(default_factory=dict)
     held: torch.Tensor | None = None
 
     @property
@@ -53,6 +55,13 @@ class Block:
         if isinstance(self.data, torch.Tensor) or self.held is not None:
             return rows_at(self.x, at)
         return self.data.read(at)
+
+    def predicted(self, name: str, at: Ints | None = None) -> torch.Tensor:
+        """Return a model's predictions for the rows at some places of this block, or all, float32, in the host's memory."""
+        data = self.predictions[name]
+        if isinstance(data, torch.Tensor):
+            return data if at is None else rows_at(data, at)
+        return data.read(at)
 
     def release(self) -> None:
         """Let go of vectors that can be read again."""

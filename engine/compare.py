@@ -24,6 +24,7 @@ from engine.select import (
     places_read,
     prefix,
     read_excluded,
+    read_predictions,
     strategy_options,
     write_selection,
 )
@@ -68,6 +69,7 @@ class Arena:
     shards: Shards
     test: Labelled | None
     excluded: Ints
+    predictions: FeatureStore | None
     options: CompareOptions
 
 
@@ -84,6 +86,8 @@ def _publish_cell(arena: Arena, entrant: Entrant, seed: int, step: Step, seconds
     """Write the selection and its metrics, each a folder as everywhere."""
     place, count, nothing = _cell(arena, entrant, seed, len(step.picks)), len(step.picks), np.empty(0, dtype=np.int64)
     inputs = {"features": arena.store.digest, "excluded": digest_of(arena.excluded.tolist())}
+    if arena.predictions and entrant.strategy.predictions:
+        inputs["predictions"] = arena.predictions.digest
     identity = {
         "strategy": entrant.strategy.name,
         "options": result_options(entrant.options),
@@ -146,6 +150,8 @@ def compare(options: CompareOptions, progress: Progress = no_progress) -> dict[s
     for entrant in entrants:
         check_vectors(entrant.strategy, store)
         check_labels(entrant.strategy, store)
+    strategies = [entrant.strategy for entrant in entrants]
+    predictions = read_predictions(strategies, store, options.predictions)
     names = [entrant.name for entrant in entrants]
     if len(set(names)) != len(names):
         raise InputError(f"--strategies {','.join(names)} names one twice")
@@ -155,15 +161,16 @@ def compare(options: CompareOptions, progress: Progress = no_progress) -> dict[s
     place = Place(options.out)
     inputs = {"features": store.digest, "test": FeatureStore(options.test).digest if options.test else None}
     inputs |= {"excluded": digest_of(excluded.tolist())} if options.exclude else {}
-    reads = places_read(options.features, options.test, options.exclude)
+    inputs |= {"predictions": predictions.digest} if predictions else {}
+    reads = places_read(options.features, options.test, options.exclude, options.predictions)
     claim = Claim.of(place, "comparison", inputs, result_options(options), options.overwrite, reads)
     published = claim.published()
     if published is not None:
         return published
-    columns = tuple(dict.fromkeys(name for entrant in entrants for name in entrant.strategy.columns))
-    with open_shards(store, options, True, columns) as shards:
+    columns = tuple(dict.fromkeys(name for strategy in strategies for name in strategy.columns))
+    with open_shards(store, options, True, columns, predictions) as shards:
         claim.take()
-        arena = Arena(place, store, shards, test, excluded, options)
+        arena = Arena(place, store, shards, test, excluded, predictions, options)
         finished, total = 0, len(entrants) * options.seeds * len(counts)
 
         def done(note: str) -> None:

@@ -53,13 +53,13 @@ def demo(options: DemoOptions, progress: Progress = no_progress) -> dict[str, An
             ),
             progress,
         )
-    label_free = tuple(name for name, strategy in STRATEGIES.items() if not strategy.columns)
+    alone = tuple(name for name, strategy in STRATEGIES.items() if not (strategy.columns or strategy.predictions))
     return compare(
         CompareOptions(
             features=out.at("features", "pool").address,
             test=out.at("features", "test").address,
             out=out.at("compare").address,
-            strategies=label_free,
+            strategies=alone,
             budget=BUDGETS,
             seeds=SEEDS,
             neighbors=(1,),

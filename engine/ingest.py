@@ -181,14 +181,14 @@ def _check_finite(given: Given, dtype: str, uri: str) -> None:
             raise InputError(f"{uri}: the vector of row {row} (id {given.ids[row].as_py()!r}) holds {what}")
 
 
-def _part(given: Given, start: int, stop: int, dtype: str) -> pa.Table:
+def _part(given: Given, start: int, stop: int, options: ImportOptions) -> pa.Table:
     labels = given.labels[start:stop]
     return pa.table(
         {
             "row": pa.array(np.arange(start, stop, dtype=np.int64)),
             "id": given.ids.slice(start, stop - start),
             "label": pa.array(labels, mask=labels < 0),
-            "embedding": vectors_array(_stored(given, start, stop, dtype)),
+            options.holds: vectors_array(_stored(given, start, stop, options.dtype)),
         }
     )
 
@@ -213,7 +213,7 @@ def import_features(options: ImportOptions, progress: Progress = no_progress) ->
     n, parts = len(given.vectors), []
     for start in range(0, n, BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, n)
-        table = _part(given, start, stop, options.dtype)
+        table = _part(given, start, stop, options)
         data = part_bytes(table)
         out.at("parts", part_name(start)).write(data)
         parts.append(
@@ -233,7 +233,7 @@ def import_features(options: ImportOptions, progress: Progress = no_progress) ->
         "num_rows": n,
         "num_rejected": 0,
         "dim": int(given.vectors.shape[1]),
-        "column": "embedding",
+        "column": options.holds,
         "dtype": options.dtype,
         "class_names": given.class_names,
         "pool": {"uri": source.absolute, "kind": "import"},

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from engine import session
+from engine.reading import Reading, size_bytes
 from engine.schema import InputError, parse_bytes
-from engine.shards import LocalShards, RayShards, Reading, Shards, check_finite, open_local
+from engine.shards import LocalShards, RayShards, Shards, check_finite, check_predictions, open_local
 from engine.store import FeatureStore
 
 MEMORY_SHARE = 0.5
@@ -26,9 +27,9 @@ def free_bytes(device: str = "cpu") -> float:
     return float(psutil.virtual_memory().available)
 
 
-def fits(store: FeatureStore) -> bool:
-    """Return whether the features, as float32, take less than half of this machine's free memory."""
-    return 4 * store.num_patterns * store.dim < MEMORY_SHARE * free_bytes()
+def fits(*stores: FeatureStore | None) -> bool:
+    """Return whether the features of some stores, as float32, take less than half of this machine's free memory."""
+    return sum(size_bytes(store) for store in stores if store) < MEMORY_SHARE * free_bytes()
 
 
 def _device(asked: str, there: int, where: str) -> str:
@@ -39,31 +40,43 @@ def _device(asked: str, there: int, where: str) -> str:
 
 
 @contextlib.contextmanager
-def open_shards(store: FeatureStore, options: Any, normalized: bool, columns: tuple[str, ...]) -> Iterator[Shards]:
+def open_shards(
+    store: FeatureStore,
+    options: Any,
+    normalized: bool,
+    columns: tuple[str, ...],
+    predictions: FeatureStore | None = None,
+    vectors: bool = True,
+) -> Iterator[Shards]:
     """Open the store's vectors as shards, and close them at the end of the block, whatever ends it.
+
+    `predictions` is the store of what a model gave for the same images; without `vectors` it is all that is read.
 
     `options` has `workers`, `address`, `memory_per_shard`, `device`, `precision`. In this process for `workers` 0, or None
     when the vectors fit its memory; else on Ray actors, by default one a GPU, or one a CPU. Raises InputError when a vector
-    is not finite, or the device not there.
+    is not finite, predictions can't be, or the device is not there.
     """
     limit = parse_bytes(options.memory_per_shard)
     shards: LocalShards | RayShards
-    if options.workers == 0 or (options.workers is None and fits(store)):
+    aside = predictions.place.absolute if predictions else None
+    if options.workers == 0 or (options.workers is None and fits(store if vectors else None, predictions)):
         import torch
 
         device = _device(options.device, torch.cuda.device_count() if torch.cuda.is_available() else 0, "this machine")
         share = MEMORY_SHARE * free_bytes(device)
-        shards = open_local(store, Reading(normalized, columns, limit or share, device, options.precision))
+        shards = open_local(store, Reading(normalized, columns, limit or share, device, options.precision, aside, vectors))
     else:
         session.connect(options.address)
         cpus, gpus = session.cpus(), session.gpus()
         device = _device(options.device, gpus, "the cluster")
         workers = options.workers or (gpus if device == "cuda" else cpus)
         share = MEMORY_SHARE * free_bytes() / min(workers, cpus)
-        reading = Reading(normalized, columns, limit or share, device, options.precision)
+        reading = Reading(normalized, columns, limit or share, device, options.precision, aside, vectors)
         shards = RayShards(store, workers, cpus, reading, gpus)
     try:
         check_finite(shards, store.place.uri)
+        if predictions:
+            check_predictions(shards, predictions.place.uri)
         yield shards
     finally:
         shards.close()

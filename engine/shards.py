@@ -7,7 +7,7 @@ associative functions, so the number of shards never shows in a result.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,12 +18,15 @@ import torch
 
 from engine.arrays import Floats, Ints
 from engine.blocks import Block
-from engine.canonical import canonical_norms, normalize, rows_at
+from engine.canonical import rows_at
 from engine.products import precision
+from engine.reading import Reading, load_blocks
 from engine.schema import BLOCK_ROWS, InputError, first_line
-from engine.store import FeatureStore, labels_numpy, part_vectors, vector_counts, vectors_numpy
+from engine.store import FeatureStore, part_vectors
 
 RESTORE_TIMEOUT_S = 60.0
+SUM_ERROR = 0.01
+"""How far the sum of an image's probabilities may be off 1: float16 rounds each by a 2,048th."""
 
 
 @dataclass(frozen=True)
@@ -89,54 +92,6 @@ class Shards(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How a store is read, and where its vectors are worked on.
-
-    Normalised or not, with which columns; how many bytes of vectors a shard may hold; on which torch device, and in which
-    precision products are taken there (`products.precision`).
-    """
-
-    normalized: bool
-    columns: tuple[str, ...] = ()
-    memory_bytes: float = np.inf
-    device: str = "cpu"
-    precision: str = "float32"
-
-
-class StoredVectors:
-    """The vectors of one block, read from its store's mapped files on every use; only their norms stay."""
-
-    def __init__(self, store: FeatureStore, index: int, normalized: bool, device: str) -> None:
-        self.store, self.index, self.normalized, self.device = store, index, normalized, device
-        self.norms: Floats | None = None
-
-    def read(self, at: Ints | None = None) -> torch.Tensor:
-        stored = vectors_numpy(self.store.read_block(self.index, [self.store.column])[self.store.column])
-        some = stored.copy() if at is None else stored[at]
-        x = torch.from_numpy(some).to(self.device).float()  # torch's conversion takes a tenth of numpy's time
-        if not self.normalized:
-            return x
-        if at is not None:
-            return normalize(x)
-        if self.norms is None:
-            self.norms = canonical_norms(x)
-        return normalize(x, self.norms)
-
-
-def load_block(store: FeatureStore, index: int, reading: Reading, held: bool) -> Block:
-    """Return one block of a store, its vectors as float32 in memory (`held`) or read on every use."""
-    several = store.vectors_per_image > 1
-    table = store.read_block(index, ["row", *reading.columns, *([store.column] if several else [])])
-    rows = np.array(table["row"].to_numpy(), dtype=np.int64)
-    columns = {name: labels_numpy(table[name]) for name in reading.columns}
-    if several:
-        counts = vector_counts(table[store.column])
-        rows, columns = np.repeat(rows, counts), {name: np.repeat(values, counts) for name, values in columns.items()}
-    vectors = StoredVectors(store, index, reading.normalized, reading.device)
-    return Block(index, vectors.read() if held else vectors, rows, np.ones(len(rows), dtype=np.bool_), columns)
-
-
 def _gather(blocks: list[Block], first: int, at: Ints) -> list[Block]:
     """Return blocks made of the vectors `at` that live here; `first` is the number of the first vector of all here."""
     x, rows, eligible = [], [], []
@@ -181,6 +136,19 @@ def _pick_out(block: Block, rows: Ints) -> tuple[Ints, torch.Tensor]:
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     here: Ints = np.repeat(np.arange(len(rows), dtype=np.int64), counts)
     return here, block.some(np.repeat(first, counts) + within).cpu()
+
+
+def _predicted(block: Block, rows: Ints, name: str) -> tuple[Ints, torch.Tensor]:
+    """Return (positions in `rows`, predictions) of the asked rows that live in this block."""
+    here = np.flatnonzero(np.isin(rows, block.rows))
+    return here, block.predicted(name, np.searchsorted(block.rows, rows[here]))
+
+
+def take_predicted(shards: Shards, rows: Ints, name: str) -> torch.Tensor:
+    """Return a model's predictions `name` for some pool rows in the order given, (m, c) float32; a vector an image."""
+    found = [(here, values) for here, values in shards.map(_predicted, rows, name) if len(here)]
+    order = np.argsort(np.concatenate([here for here, _ in found]), kind="stable")
+    return rows_at(torch.cat([values for _, values in found]), order)
 
 
 def take_patterns(shards: Shards, rows: Ints) -> tuple[torch.Tensor, Ints]:
@@ -237,16 +205,6 @@ class LocalShards:
             self.pool.shutdown()
 
 
-def load_blocks(store: FeatureStore, indices: Iterable[int], reading: Reading) -> list[Block]:
-    """Return blocks of a store: their vectors in memory if they fit the reading's budget, else read on every use."""
-    numbers = list(indices)
-    low, high = numbers[0] * store.block_rows, (numbers[-1] + 1) * store.block_rows
-    parts = [part for part in store.manifest["parts"] if low <= part["start"] < high]
-    room = min(reading.memory_bytes, torch.cuda.mem_get_info()[0] / 2) if reading.device == "cuda" else reading.memory_bytes
-    held = 4 * store.dim * sum(part_vectors(part) for part in parts) <= room
-    return [load_block(store, index, reading, held) for index in numbers]
-
-
 class _Shard:
     """The actor: a contiguous run of blocks."""
 
@@ -280,7 +238,7 @@ class RayShards:
     """
 
     def __init__(self, store: FeatureStore, workers: int, cpus: int, reading: Reading, gpus: int = 0) -> None:
-        self.n, self.d = store.num_patterns, store.dim
+        self.n, self.d = store.num_patterns, store.dim if reading.vectors else 0
         self.uri, self.reading = store.place.absolute, reading
         workers = min(workers, store.num_blocks)
         self.cpu_share = _share(cpus, workers)
@@ -347,16 +305,21 @@ class RayShards:
 
 def open_local(store: FeatureStore, reading: Reading) -> LocalShards:
     """Open a whole store in this process."""
-    return LocalShards(load_blocks(store, range(store.num_blocks), reading), store.dim, reading.precision)
+    blocks = load_blocks(store, range(store.num_blocks), reading)
+    return LocalShards(blocks, store.dim if reading.vectors else 0, reading.precision)
 
 
 def from_array(
-    x: npt.NDArray[np.float32], labels: Ints | None = None, block_rows: int = 8192, rows: Ints | None = None
+    x: npt.NDArray[np.float32],
+    labels: Ints | None = None,
+    block_rows: int = 8192,
+    rows: Ints | None = None,
+    predictions: dict[str, npt.NDArray[np.float32]] | None = None,
 ) -> LocalShards:
     """Return an array (n, d) as shards in this process, as it is (not normalised).
 
     `rows` (n,) are the vectors' pool rows, ascending, an image's several vectors under one row; 0..n-1 without them.
-    `labels` are indexed by pool row.
+    `labels` and `predictions` (`Block.predictions`) are indexed by pool row.
     """
     numbers: Ints = np.arange(len(x), dtype=np.int64) if rows is None else rows
     last = int(numbers[-1]) if len(numbers) else 0
@@ -365,7 +328,9 @@ def from_array(
         low, high = np.searchsorted(numbers, [start, start + block_rows])
         part, mine = torch.from_numpy(np.array(x[low:high], dtype=np.float32)), numbers[low:high]
         columns = {} if labels is None else {"label": labels[mine]}
-        blocks.append(Block(index, part, mine, np.ones(len(part), dtype=np.bool_), columns))
+        block = Block(index, part, mine, np.ones(len(part), dtype=np.bool_), columns)
+        block.predictions |= {name: torch.from_numpy(values[mine]) for name, values in (predictions or {}).items()}
+        blocks.append(block)
     return LocalShards(blocks, x.shape[1])
 
 
@@ -379,3 +344,29 @@ def check_finite(shards: Shards, uri: str) -> None:
     bad = [row for row in shards.map(_first_bad) if row >= 0]
     if bad:
         raise InputError(f"{uri}: the vector of row {bad[0]} holds a NaN or an infinity: embed or import it again")
+
+
+def _first_wrong(block: Block) -> tuple[int, str] | None:
+    """Return the first row of the block whose predictions can't be, and what is wrong with them."""
+    for name in block.predictions:
+        values = block.predicted(name).numpy()
+        sums = values.sum(axis=1, dtype=np.float64)
+        with np.errstate(invalid="ignore"):
+            outside = (values < 0) | (values > (1 if name == "score" else np.inf))
+        bad = outside.any(axis=1) | ((np.abs(sums - 1) > SUM_ERROR) | np.isnan(sums) if name == "probs" else False)
+        for at in np.flatnonzero(bad)[:1]:
+            odd = values[at][outside[at]]
+            what = f"a {'score' if name == 'score' else 'probability'} of {odd[0]:g}" if len(odd) else f"a sum of {sums[at]:g}"
+            return int(block.rows[at]), what
+    return None
+
+
+def check_predictions(shards: Shards, uri: str) -> None:
+    """Raise InputError naming the first row whose probabilities are negative or don't sum to 1, or with such a score."""
+    for found in shards.map(_first_wrong):
+        if found:
+            row, what = found
+            raise InputError(
+                f"{uri}: row {row} has {what}: probabilities are at least 0 and sum to 1, scores are from 0 to 1; "
+                "give a model's probabilities, not its logits"
+            )

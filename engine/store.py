@@ -18,6 +18,8 @@ from engine.places import Place
 from engine.retry import patiently
 from engine.schema import BLOCK_ROWS, InputError
 
+PROBS = "probs"
+"""The column that holds the probability of each class, by a classifier, for each image."""
 PATTERNS = "patterns"
 """The column that holds a list of vectors for each image."""
 DETECTIONS = "detections"
@@ -30,7 +32,7 @@ DETECTION = pa.struct(
 """A stored box: the class, an index into the model's class names; px from the top left corner of the image as stored."""
 OWN_COLUMNS = ("row", "id", "label", "width", "height", "phash", "bytes")
 """The columns of every part that `embed` writes, beside its pool's and its vectors."""
-TAKEN = frozenset((*OWN_COLUMNS, "embedding", "probs", PATTERNS, DETECTIONS))
+TAKEN = frozenset((*OWN_COLUMNS, "embedding", PROBS, PATTERNS, DETECTIONS))
 """Names that a pool's further columns may not have."""
 PARTS_WANTED = 64
 """Small pools are cut into about this many parts, so that a handful of actors share them evenly."""
@@ -176,7 +178,7 @@ class FeatureStore:
         """Open a store that holds vectors; raises InputError for one that holds boxes."""
         store = cls(uri)
         if store.column == DETECTIONS:
-            raise InputError(f"{uri} holds the boxes that a detector found, not vectors: embed the pool by another encoder")
+            raise no_vectors(store)
         return store
 
     def _why_not(self, uri: str) -> str:
@@ -267,6 +269,23 @@ class FeatureStore:
             out[mine] = vectors_numpy(table[self.column])[at]
         return out
 
+    def scores(self, rows: Ints) -> npt.NDArray[np.float32]:
+        """Return the scores of the boxes of some pool rows, in the order given, (n, k) float32, NaN beyond an image's last.
+
+        k is the most boxes that one of them has. Raises InputError for rows without an image.
+        """
+        found: list[tuple[Ints, Ints, npt.NDArray[np.float32]]] = []
+        for mine, at, table in self._tables_of(rows, DETECTIONS):
+            boxes = table[DETECTIONS].combine_chunks().take(pa.array(at))
+            counts = vector_counts(boxes)
+            place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            found.append((np.repeat(mine, counts), place, boxes.flatten().field("score").to_numpy()))
+        width = max((int(place.max(initial=-1)) + 1 for _, place, _ in found), default=0)
+        out = np.full((len(rows), width), np.nan, dtype=np.float32)
+        for row, place, score in found:
+            out[row, place] = score
+        return out
+
     def _tables_of(self, rows: npt.NDArray[np.int64], column: str) -> Iterator[tuple[Ints, Ints, pa.Table]]:
         """Yield (which of `rows`, their places in the table, the table) for every block that some pool rows are in.
 
@@ -290,6 +309,13 @@ class FeatureStore:
         for mine, at, table in self._tables_of(rows, "id"):
             out[mine] = table["id"].take(pa.array(at)).to_pylist()
         return [str(name) for name in out]
+
+
+def no_vectors(store: FeatureStore) -> InputError:
+    """Return the error of a store that holds boxes where vectors are needed."""
+    return InputError(
+        f"{store.place.uri} holds the boxes that a detector found, not vectors: embed the pool by another encoder"
+    )
 
 
 def _totals(parts: list[dict[str, Any]], count: str) -> dict[str, int]:

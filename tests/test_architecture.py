@@ -15,6 +15,7 @@ FLOORS = [
     {"engine.nearest", "engine.blocks", "engine.places", "engine.session", "engine.pictures"},
     {"engine.folders"},
     {"engine.store"},
+    {"engine.reading"},
     {"engine.shards", "engine.sources", "engine.weights", "engine.patterns", "engine.inputs", "engine.selections"},
     {"engine.backbones", "engine.chosen", "engine.chunks", "engine.classes", "engine.images"},
     {"engine.labels"},

@@ -12,8 +12,8 @@ from engine.shards import LocalShards, Request, Shards, from_array, prepare
 NOTHING = np.empty(0, dtype=np.int64)
 QUICK = {"activeft": {"steps": 25}, "kmeans": {"restarts": 2, "iterations": 4}}
 """Options that make a strategy quick enough to be run dozens of times here."""
-SEEDLESS = {"facility_location", "maxherding"}
-"""Strategies that draw only once no row gains anything, or from more rows than here."""
+SEEDLESS = {"facility_location", "maxherding", "entropy", "margin", "least_confidence"}
+"""Strategies that draw only once no row gains anything, from more rows than here, or among images without boxes."""
 
 
 def clustered(n: int = 300, d: int = 12, seed: int = 0) -> np.ndarray:
@@ -26,8 +26,16 @@ def labels(n: int) -> np.ndarray:
     return np.arange(n, dtype=np.int64) * 7 % 5
 
 
+def probabilities(x: np.ndarray, classes: int = 5) -> np.ndarray:
+    """Probabilities (n, classes) float32 that follow the vectors (n, d), as a linear model's would."""
+    logits = x.astype(np.float64) @ np.random.default_rng(1).standard_normal((x.shape[1], classes))
+    logits *= 4 / max(np.abs(logits).max(), 1e-300)
+    odds = np.exp(logits)
+    return (odds / odds.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
 def shards_of(x: np.ndarray, block_rows: int = 64) -> LocalShards:
-    return from_array(x, labels(len(x)), block_rows)
+    return from_array(x, labels(len(x)), block_rows, predictions={"probs": probabilities(x)})
 
 
 def pick(name: str, shards: Shards, budget: int, seed: int = 0, labeled: np.ndarray = NOTHING) -> list[int]:
@@ -97,6 +105,7 @@ def test_blocks_without_rows(name: str) -> None:
     empty = shards.blocks[1]
     empty.data, empty.rows, empty.eligible = empty.x[:0], empty.rows[:0], empty.eligible[:0]
     empty.columns = {key: value[:0] for key, value in empty.columns.items()}
+    empty.predictions = {name: empty.predicted(name)[:0] for name in empty.predictions}
     holed = LocalShards([kept[0], empty, kept[1]], shards.d)
     picks = pick(name, holed, 20)
     assert len(set(picks)) == 20

@@ -81,7 +81,7 @@ def test_vectors_may_live_on_a_device(name: str) -> None:
     x = clustered()
     expected = run(name, shards_of(x))
     shards = shards_of(x)
-    for block in shards.blocks:
+    for block in shards.blocks:  # predictions stay in the host's memory
         assert isinstance(block.data, torch.Tensor)
         block.data = block.data.as_subclass(Far)
     with Device():

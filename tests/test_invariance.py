@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_contract import QUICK
+from test_contract import QUICK, probabilities
 
 from engine.runner import run_method
 from engine.schema import build_options
@@ -16,7 +16,6 @@ from engine.shards import LocalShards, RayShards, Reading, Request, Step, from_a
 from engine.store import FeatureStore
 from engine.verbs import SelectOptions
 
-READING = Reading(True, ("label",))
 LABELED = np.arange(5, 900, 100, dtype=np.int64)
 BUDGET = 80
 CASES = {name: (name, QUICK.get(name, {})) for name in STRATEGIES}
@@ -36,14 +35,21 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     )
     folder = tmp_path_factory.mktemp("store")
     np.savez(folder / "x.npz", features=x, labels=rng.integers(0, 6, 1650))
+    np.savez(folder / "p.npz", features=probabilities(x))
     patch = pytest.MonkeyPatch()
     patch.setattr(ingest, "BLOCK_ROWS", 64)
     patch.setattr(store, "BLOCK_ROWS", 64)
     ingest.import_features(ImportOptions(file=str(folder / "x.npz"), out=str(folder / "features")))
+    ingest.import_features(ImportOptions(file=str(folder / "p.npz"), out=str(folder / "probs"), holds="probs"))
     patch.undo()
     opened = FeatureStore(str(folder / "features"))
     assert opened.num_blocks == 26
     return opened
+
+
+@pytest.fixture(scope="module")
+def reading(store: FeatureStore) -> Reading:
+    return Reading(True, ("label",), predictions=str(Path(store.place.uri).parent / "probs"))
 
 
 def run(case: str, shards: object) -> Step:
@@ -63,15 +69,15 @@ def same(a: Step, b: Step) -> bool:
 
 
 @pytest.fixture(scope="module")
-def expected(store: FeatureStore) -> dict[str, Step]:
-    return {name: run(name, open_local(store, READING)) for name in CASES}
+def expected(store: FeatureStore, reading: Reading) -> dict[str, Step]:
+    return {name: run(name, open_local(store, reading)) for name in CASES}
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4, 7])
 def test_ray_shards_give_the_same_picks(
-    ray_session: None, store: FeatureStore, expected: dict[str, Step], workers: int
+    ray_session: None, store: FeatureStore, reading: Reading, expected: dict[str, Step], workers: int
 ) -> None:
-    shards = RayShards(store, workers, 2, READING)
+    shards = RayShards(store, workers, 2, reading)
     try:
         for name in CASES:
             assert same(run(name, shards), expected[name]), name
@@ -80,20 +86,22 @@ def test_ray_shards_give_the_same_picks(
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_one_thread_or_two(store: FeatureStore, expected: dict[str, Step], name: str) -> None:
+def test_one_thread_or_two(store: FeatureStore, reading: Reading, expected: dict[str, Step], name: str) -> None:
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            assert same(run(name, open_local(store, READING)), expected[name])
+            assert same(run(name, open_local(store, reading)), expected[name])
     finally:
         torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_order_of_combining_does_not_matter(store: FeatureStore, expected: dict[str, Step], name: str) -> None:
+def test_order_of_combining_does_not_matter(
+    store: FeatureStore, reading: Reading, expected: dict[str, Step], name: str
+) -> None:
     """Fold the blocks from the right instead of from the left: associativity, exactly."""
-    local = open_local(store, READING)
+    local = open_local(store, reading)
 
     class Backwards(LocalShards):
         def map(self, fn, *args, combine=None, at=None):  # type: ignore[no-untyped-def]

@@ -53,7 +53,8 @@ torch.set_num_threads(1)
 cases, grown = json.loads(sys.argv[1]), {}
 for name, (n, b, given) in cases.items():
     x = np.random.default_rng(0).standard_normal((n, 16)).astype(np.float32)
-    shards = from_array(x, np.arange(n) % 10)
+    probs = np.random.default_rng(1).dirichlet(np.ones(10), n).astype(np.float32)
+    shards = from_array(x, np.arange(n) % 10, predictions={"probs": probs})
     _, method, options = strategy_options(name, given)
     small = Request(3, 0, np.empty(0, dtype=np.int64))
     run_method(method, shards, small, options)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from test_contract import NOTHING, QUICK, clustered, shards_of
+from test_contract import NOTHING, QUICK, clustered, probabilities, shards_of
 from test_invariance import same
 
 from engine.places import Place
@@ -129,13 +129,14 @@ KILLED = {
     "coreset": Case(30_000, 600, {"candidates": "32"}),
     "activeft": Case(30_000, 200, {"steps": "12"}),
     "freesel": Case(20_000, 2000),
+    "badge": Case(20_000, 2000),
     "typiclust": Case(10_000, 100),
     "hierarchical": Case(20_000, 200, {"levels": "300,20"}),
     "maxherding": Case(9_000, 60, {"candidates": "1000"}),
     "probcover": Case(9_000, 300, {"delta": "1.1", "candidates": "2000"}),
     "facility_location": Case(9_000, 4000),
 }
-"""Every strategy but `random` and `uniform`, which take one step and keep nothing."""
+"""Every strategy but those that take one step and keep nothing: `random`, `uniform`, and those on a model's outputs."""
 PLACES = (0.0, 0.5, 1.0)
 """Where a run is killed: after its first journal entry, near the middle, before the last."""
 
@@ -164,6 +165,8 @@ def pool(tmp_path: Path, rows: int) -> Path:
     x = centres[rng.integers(0, 300, rows)] + 0.8 * rng.standard_normal((rows, 48)).astype(np.float32)
     np.savez(tmp_path / "x.npz", features=x, labels=rng.integers(0, 10, rows))
     import_features(ImportOptions(file=str(tmp_path / "x.npz"), out=str(tmp_path / "features")))
+    np.savez(tmp_path / "p.npz", features=probabilities(x))
+    import_features(ImportOptions(file=str(tmp_path / "p.npz"), out=str(tmp_path / "probs"), holds="probs"))
     return tmp_path / "features"
 
 
@@ -183,7 +186,7 @@ def unbroken(name: str, features: Path) -> tuple[Step, list[int]]:
         numbers.append(done)
 
     _, method, options = strategy_options(name, case.options)
-    shards = open_local(FeatureStore(str(features)), Reading(True))
+    shards = open_local(FeatureStore(str(features)), Reading(True, predictions=str(features.parent / "probs")))
     return run_method(method, shards, Request(case.budget, 0, NOTHING), options, progress), numbers
 
 
@@ -195,6 +198,7 @@ def test_kill_of_the_driver(name: str, tmp_path: Path) -> None:
     whole, numbers = unbroken(name, features)
     pairs = [word for option in case.options.items() for word in ("--option", "=".join(option))]
     given = ["select", str(features), "--strategy", name, "--budget", str(case.budget), "--out", str(out), *pairs]
+    given += ["--predictions", str(features.parent / "probs")] if STRATEGIES[name].predictions else []
     journal = Journal(Place(str(out / "journal.npz")), 0.0)
 
     def until(target: int) -> int:
@@ -225,7 +229,7 @@ def test_kill_of_a_shard_actor(ray_session: None, name: str, tmp_path: Path) -> 
     case, features = KILLED[name], pool(tmp_path, KILLED[name].rows)
     whole, numbers = unbroken(name, features)
     _, method, options = strategy_options(name, case.options)
-    shards = RayShards(FeatureStore(str(features)), 2, 2, Reading(True))
+    shards = RayShards(FeatureStore(str(features)), 2, 2, Reading(True, predictions=str(features.parent / "probs")))
     killed: list[int] = []
     noticed: list[str] = []
     places = targets(numbers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from engine.arrays import Ints
 from engine.folders import Claim, digest_of, publish, read_manifest
 from engine.placement import open_shards
 from engine.places import Place
+from engine.reading import PREDICTED
 from engine.runner import Journal, Method, run_method
 from engine.schema import (
     InputError,
@@ -30,7 +31,7 @@ from engine.schema import (
 )
 from engine.selections import Selection, ids_in, open_selection, rows_in
 from engine.shards import Request, Step
-from engine.store import FeatureStore, table_bytes
+from engine.store import DETECTIONS, FeatureStore, no_vectors, table_bytes
 from engine.verbs import SelectOptions
 
 COLUMN = "column:"
@@ -42,7 +43,8 @@ class Strategy:
     """A row of STRATEGIES. `columns` are the store's columns that the method reads beside the vectors.
 
     `nested`: the picks for a smaller budget are a prefix of those for a larger one, so one run answers them all.
-    `patterns`: it takes images with several vectors.
+    `patterns`: it takes images with several vectors. `predictions` are those of a model that it can read, `probs` or
+    `score` (`Block.predictions`); with `vectors` false it reads nothing else.
     """
 
     module: str
@@ -51,11 +53,18 @@ class Strategy:
     nested: bool = False
     columns: tuple[str, ...] = ()
     patterns: bool = False
+    predictions: tuple[str, ...] = ()
+    vectors: bool = True
 
     def load(self) -> tuple[Method, type[Any]]:
         """Import the module; return its method and its Options."""
         module = importlib.import_module(self.module)
         return getattr(module, self.name), module.Options
+
+
+def _scored(name: str, summary: str) -> Strategy:
+    """Return the row of a strategy that ranks images by what a model gave for each."""
+    return Strategy("engine.select.scored", name, summary, nested=True, predictions=("probs", "score"), vectors=False)
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -89,6 +98,16 @@ STRATEGIES: dict[str, Strategy] = {
     "freesel": Strategy(
         "engine.select.freesel", "freesel", "images drawn by their patterns' distance to the picks", nested=True, patterns=True
     ),
+    "entropy": _scored("entropy", "the images whose predicted class, or boxes, a model is least sure of, by entropy"),
+    "margin": _scored("margin", "the same by the smallest margin between the two likeliest classes"),
+    "least_confidence": _scored("least_confidence", "the same by the lowest probability of the likeliest class"),
+    "badge": Strategy(
+        "engine.select.badge",
+        "badge",
+        "images drawn by the distance of their gradient embeddings to those of the picks",
+        nested=True,
+        predictions=("probs",),
+    ),
 }
 
 
@@ -100,7 +119,9 @@ def strategy_options(name: str, given: dict[str, Any]) -> tuple[Strategy, Method
 
 
 def check_vectors(strategy: Strategy, store: FeatureStore) -> None:
-    """Raise InputError when the strategy takes one vector an image and the store has several."""
+    """Raise InputError when the strategy reads vectors and the store has boxes, or takes one an image and it has several."""
+    if strategy.vectors and store.column == DETECTIONS:
+        raise no_vectors(store)
     if store.vectors_per_image > 1 and not strategy.patterns:
         raise InputError(
             f"strategy {strategy.name!r} takes one vector an image, and {store.place.uri} has up to "
@@ -122,6 +143,55 @@ def read_excluded(uri: str | None, store: FeatureStore) -> Ints:
     As `read_labeled`.
     """
     return _read_rows("--exclude", uri, store, "dedup", _near_copies)
+
+
+def read_predictions(strategies: Iterable[Strategy], store: FeatureStore, uri: str | None) -> FeatureStore | None:
+    """Return the store of a model's predictions that strategies read: --predictions, or `store` itself; None if none does.
+
+    Raises InputError where there is none, or it holds what a strategy can't read, or is of another pool.
+    """
+    readers = [strategy for strategy in strategies if strategy.predictions]
+    if not readers:
+        if uri:
+            raise InputError(f"--predictions {uri!r}: no strategy named here reads them, leave that out")
+        return None
+    for strategy in readers:
+        if uri is None and (store.column not in PREDICTED or strategy.vectors):
+            raise InputError(
+                f"strategy {strategy.name!r} reads a model's predictions{' beside the vectors' if strategy.vectors else ''}, "
+                f"and {store.place.uri} holds {store.column} alone: give --predictions DIR, what `coresift predict` wrote"
+            )
+    given = FeatureStore(uri) if uri else store
+    if given.column not in PREDICTED:
+        raise InputError(f"--predictions {uri!r} holds {given.column}: give what `coresift predict` wrote of the same pool")
+    for strategy in readers:
+        if PREDICTED[given.column] not in strategy.predictions:
+            raise InputError(
+                f"strategy {strategy.name!r} reads probabilities, and {given.place.uri} holds a detector's boxes: "
+                "use entropy, margin or least_confidence"
+            )
+    if uri:
+        _check_same_pool(store, given)
+    return given
+
+
+def _check_same_pool(store: FeatureStore, given: FeatureStore) -> None:
+    """Raise InputError where predictions are of another pool than the features, or lack one of their rows."""
+    of, other = (s.manifest["inputs"].get("pool", {}).get("digest") for s in (store, given))
+    what = f"--predictions {given.place.uri} and {store.place.uri} are not of the same pool"
+    if of and other and of != other:
+        raise InputError(f"{what}: they were made from other images; predict the pool that was embedded")
+    lacking = store.rows[~np.isin(store.rows, given.rows)]
+    if len(lacking):
+        raise InputError(f"{what}: {len(lacking)} rows have features and no predictions, the first is {lacking[0]}")
+    for index in range(store.num_blocks):
+        table = store.read_block(index, ["row", "id"])
+        if index < given.num_blocks and table.equals(given.read_block(index, ["row", "id"])):
+            continue
+        rows = table["row"].to_numpy()
+        for row, mine, theirs in zip(rows, table["id"].to_pylist(), given.ids(rows), strict=True):
+            if mine != theirs:
+                raise InputError(f"{what}: row {row} has the id {mine!r} in the features and {theirs!r} there")
 
 
 def places_read(*uris: str | None) -> list[str]:
@@ -237,10 +307,11 @@ def select(options: SelectOptions, progress: Progress = no_progress) -> list[dic
     One budget is published at `options.out`, several each in a folder below it named by its count. Raises InputError
     for unusable input.
     """
-    store = FeatureStore.of_vectors(options.features)
+    store = FeatureStore(options.features)
     strategy, method, chosen = strategy_options(options.strategy, parse_pairs(options.option, "--option"))
     check_vectors(strategy, store)
     check_labels(strategy, store)
+    predictions = read_predictions([strategy], store, options.predictions)
     labeled = read_labeled(options.labeled, store)
     excluded = read_excluded(options.exclude, store)
     available = store.num_vectors - len(np.union1d(labeled, excluded))
@@ -248,8 +319,9 @@ def select(options: SelectOptions, progress: Progress = no_progress) -> list[dic
     out = Place(options.out)
     places = {count: out.at(str(count)) if len(budgets) > 1 else out for count in budgets}
     inputs = {"features": store.digest, "labeled": digest_of(labeled.tolist()), "excluded": digest_of(excluded.tolist())}
+    inputs |= {"predictions": predictions.digest} if predictions else {}
     identity = {**result_options(options), "options": result_options(chosen)}
-    reads = places_read(options.features, options.labeled, options.exclude)
+    reads = places_read(options.features, options.labeled, options.exclude, options.predictions)
     claims = {
         count: Claim.of(place, "selection", inputs, {**identity, "count": count}, options.overwrite, reads)
         for count, place in places.items()
@@ -257,7 +329,8 @@ def select(options: SelectOptions, progress: Progress = no_progress) -> list[dic
     manifests = {count: manifest for count, claim in claims.items() if (manifest := claim.published()) is not None}
     todo = sorted(set(budgets) - set(manifests))
     if todo:
-        with open_shards(store, options, options.normalize, strategy.columns) as shards:
+        read = (strategy.columns, predictions, strategy.vectors)
+        with open_shards(store, options, options.normalize, *read) as shards:
             for count in todo:
                 claims[count].take()
             runs = [todo] if strategy.nested else [[count] for count in todo]
@@ -287,7 +360,8 @@ def describe_strategies() -> list[dict[str, Any]]:
     for name, strategy in STRATEGIES.items():
         _, declared = strategy.load()
         options = [{"name": f.name, "default": f.default, "help": f.opt.help} for f in fields_of(declared)]
-        reads = ["vectors", *strategy.columns]
+        predictions = " or ".join(column for column, name in PREDICTED.items() if name in strategy.predictions)
+        reads = [*(["vectors"] if strategy.vectors else []), *strategy.columns, *([predictions] if predictions else [])]
         described.append(
             {"name": name, "summary": strategy.summary, "reads": reads, "nested": strategy.nested, "options": options}
         )

@@ -21,7 +21,7 @@ from engine.canonical import canonical_norms, canonical_sqdist, normalize
 from engine.draws import random_keys, random_uniform
 from engine.nearest import Centres, nearer
 from engine.schema import Opt
-from engine.select.seeding import places_drawn
+from engine.select.seeding import drawn, places_drawn
 from engine.shards import Request, Shards, Step, take_patterns
 
 CANDIDATES = 1024
@@ -191,21 +191,14 @@ def _take_farthest(shards: Shards, wanted: int) -> Taken | None:
 
 def _take_drawn(shards: Shards, wanted: int, seed: int, number: int) -> Taken | None:
     """Draw candidates by stale D^2 and take them by the ratio of the current one to it; None where all are zero."""
-    masses = np.array(shards.map(_mass))
-    ends = np.cumsum(masses)
-    if ends[-1] == 0:
+    found = drawn(shards, np.array(shards.map(_mass)), _draw, CANDIDATES, seed, (BLOCK_DRAW, number))
+    if found is None:
         return None
-    slots = np.arange(CANDIDATES, dtype=np.int64)
-    targets = random_uniform(seed, (BLOCK_DRAW, number), slots) * ends[-1]
-    owner = np.minimum(np.searchsorted(ends, targets, side="right"), np.flatnonzero(masses)[-1])
-    within = np.maximum(targets - (ends - masses)[owner], 0.0)
-    codes, stale = np.empty(CANDIDATES, dtype=np.int64), np.empty(CANDIDATES)
-    for mine, found, sqdist in shards.map(_draw, owner, within):
-        codes[mine], stale[mine] = found, sqdist
+    codes, stale = found
     candidates = _Candidates(shards, codes, stale)
     made: list[int] = []
     gains: list[float] = []
-    for slot, u in enumerate(random_uniform(seed, (ACCEPT_DRAW, number), slots)):
+    for slot, u in enumerate(random_uniform(seed, (ACCEPT_DRAW, number), np.arange(len(codes), dtype=np.int64))):
         if len(made) == wanted:
             break
         if candidates.beyond(slot, float(np.sqrt(u) * stale[slot])):

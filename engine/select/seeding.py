@@ -7,6 +7,7 @@ exactly as draws made one at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -20,6 +21,9 @@ from engine.nearest import SLACK, Centres, nearer
 from engine.shards import Shards
 
 CANDIDATES = 1024
+"""Vectors drawn in a round."""
+Draw = Callable[[Block, Ints, Floats], tuple[Ints, Ints, Floats]]
+"""(block, owner, targets) -> slots, what the vectors are known by, stale squared distances of the draws that fell there."""
 BLOCK_DRAW, ACCEPT_DRAW, FIRST_DRAW = 1, 2, 3
 
 
@@ -72,31 +76,57 @@ def _draw(block: Block, owner: Ints, targets: Floats) -> tuple[Ints, Ints, Float
     return slots, block.rows[at], block.state["d2"][at]
 
 
-class _Walk:
-    """The driver's walk through one round's candidates, in order."""
+def drawn(shards: Shards, masses: Floats, draw: Draw, m: int, seed: int, step: tuple[int, ...]) -> tuple[Ints, Floats] | None:
+    """Draw m vectors by their share of the mass, each of them independently; None where there is no mass.
 
-    def __init__(self, x: torch.Tensor, stale: Floats) -> None:
-        self.x, self.stale = x, stale
-        self.pairwise, self.error = pairwise_sqdist(x)
+    `masses` are the blocks', which keep their cumulative ones. Returns what `draw` says the vectors are known by, and their
+    stale squared distances.
+    """
+    ends = np.cumsum(masses)
+    if ends[-1] == 0:
+        return None
+    targets = random_uniform(seed, step, np.arange(m, dtype=np.int64)) * ends[-1]
+    owner = np.minimum(np.searchsorted(ends, targets, side="right"), np.flatnonzero(masses)[-1])
+    within = np.maximum(targets - (ends - masses)[owner], 0.0)
+    codes, stale = np.empty(m, dtype=np.int64), np.empty(m)
+    for mine, found, sqdist in shards.map(draw, owner, within):
+        codes[mine], stale[mine] = found, sqdist
+    return codes, stale
+
+
+class Walk:
+    """The driver's walk through one round's candidates, in order: which are accepted, by what exact distance.
+
+    `pairwise` (m, m) holds squared distances among them, within `error`; `canonical(i, others)` gives the exact ones.
+    """
+
+    def __init__(self, pairwise: Floats, error: float, canonical: Callable[[int, Ints], Floats], stale: Floats) -> None:
+        self.pairwise, self.error, self.canonical, self.stale = pairwise, error, canonical, stale
         self.current = stale.copy()
         self.accepted: list[int] = []
 
-    def _canonical(self, slot: int) -> float:
-        if not self.accepted:
-            return float(self.stale[slot])
+    def settled(self, slot: int) -> float:
+        """Return a candidate's canonical squared distance to what was taken before and is accepted now."""
         others = np.array(self.accepted, dtype=np.int64)
-        exact = canonical_sqdist(self.x, np.full(len(others), slot, dtype=np.int64), self.x, others)
-        return min(float(self.stale[slot]), float(exact.min()))
+        near = others[self.pairwise[slot, others] <= self.current[slot] + 2 * self.error]
+        return min(float(self.stale[slot]), float(self.canonical(slot, near).min(initial=np.inf)))
 
-    def consider(self, slot: int, u: float) -> None:
-        """Accept the candidate with probability current / stale, decided exactly."""
+    def passes(self, slot: int, u: float) -> bool:
+        """Return whether the candidate is accepted with u of [0, 1): with probability current / stale, decided exactly."""
         threshold = u * self.stale[slot]
         current = self.current[slot]
         if abs(threshold - current) <= 2 * self.error:
-            current = self._canonical(slot)
-        if threshold < current:
-            self.accepted.append(slot)
-            np.minimum(self.current, self.pairwise[slot], out=self.current)
+            current = self.settled(slot)
+        return bool(threshold < current)
+
+    def accept(self, slot: int) -> None:
+        """Accept the candidate: it lowers the others' distances."""
+        self.accepted.append(slot)
+        np.minimum(self.current, self.pairwise[slot], out=self.current)
+
+
+def _sqdist(x: torch.Tensor, slot: int, others: Ints) -> Floats:
+    return canonical_sqdist(x, np.full(len(others), slot, dtype=np.int64), x, others)
 
 
 def d2_seeds(shards: Shards, k: int, seed: int, step: tuple[int, ...]) -> tuple[Ints, int]:
@@ -106,27 +136,22 @@ def d2_seeds(shards: Shards, k: int, seed: int, step: tuple[int, ...]) -> tuple[
     Lloyd step. When fewer than k distinct vectors exist, the rest are drawn uniformly.
     """
     picks = random_rows(shards, seed, step, 1, np.empty(0, dtype=np.int64))
-    slots = np.arange(CANDIDATES, dtype=np.int64)
     new, rounds = shards.take(picks), 0
     while True:
         masses = np.array(shards.map(_mass, Centres.of(new), len(picks) - len(new)))
         if len(picks) == k:
             return picks, rounds
-        ends = np.cumsum(masses)
-        if ends[-1] == 0:
+        candidates = drawn(shards, masses, _draw, CANDIDATES, seed, (*step, BLOCK_DRAW, rounds))
+        if candidates is None:
             return np.concatenate([picks, random_rows(shards, seed, step, k - len(picks), picks)]), rounds
-        targets = random_uniform(seed, (*step, BLOCK_DRAW, rounds), slots) * ends[-1]
-        owner = np.minimum(np.searchsorted(ends, targets, side="right"), np.flatnonzero(masses)[-1])
-        within = targets - (ends - masses)[owner]
-        rows = np.empty(CANDIDATES, dtype=np.int64)
-        stale = np.empty(CANDIDATES)
-        for mine, found, sqdist in shards.map(_draw, owner, within):
-            rows[mine], stale[mine] = found, sqdist
-        walk = _Walk(shards.take(rows), stale)
-        for slot, u in enumerate(random_uniform(seed, (*step, ACCEPT_DRAW, rounds), slots)):
+        rows, stale = candidates
+        x = shards.take(rows)
+        walk = Walk(*pairwise_sqdist(x), partial(_sqdist, x), stale)
+        for slot, u in enumerate(random_uniform(seed, (*step, ACCEPT_DRAW, rounds), np.arange(CANDIDATES, dtype=np.int64))):
             if len(picks) + len(walk.accepted) == k:
                 break
-            walk.consider(slot, float(u))
-        new = walk.x[torch.tensor(walk.accepted, dtype=torch.long)]
+            if walk.passes(slot, float(u)):
+                walk.accept(slot)
+        new = x[torch.tensor(walk.accepted, dtype=torch.long)]
         picks = np.concatenate([picks, rows[walk.accepted]])
         rounds += 1

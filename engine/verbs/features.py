@@ -18,6 +18,7 @@ from engine.verbs.shared import (
     Overwrite,
     PoolOptions,
     Precision,
+    Predictions,
     PreprocessingOptions,
     Seed,
     Workers,
@@ -99,6 +100,9 @@ class ImportOptions:
         str | None, Opt("Column of the labels; `last`: the last of the vector's own columns, as the ActiveFT tools write.")
     ] = None
     id_column: Annotated[str | None, Opt("Parquet, Arrow: the id column. Default: id, if there.")] = None
+    holds: Annotated[
+        str, Opt("What a vector is: an embedding, or the probability of each class.", choices=("embedding", "probs"))
+    ] = "embedding"
     dtype: Annotated[str, Opt("How vectors are stored.", choices=("float32", "float16"))] = "float32"
     overwrite: Overwrite = False
 
@@ -120,6 +124,7 @@ class SelectOptions:
         ),
     ] = None
     exclude: Exclude = None
+    predictions: Predictions = None
     seed: Seed = 0
     option: Annotated[
         tuple[str, ...], Opt("Option of the strategy. Repeatable.", metavar="NAME=VALUE", result=False, repeat=True)
@@ -208,6 +213,7 @@ class CompareOptions(MeasureOptions):
     budget: Annotated[str, Opt("Budgets: 100,500,1%.")]
     test: Annotated[str | None, Opt("Labelled feature store to test on.", metavar="FEATURES", result=False)] = None
     exclude: Exclude = None
+    predictions: Predictions = None
     seeds: Annotated[int, Opt("Seeds 0..N-1.", min=1, max=1000)] = 3
     workers: Workers = None
     memory_per_shard: Memory = None

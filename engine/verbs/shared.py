@@ -24,6 +24,15 @@ Exclude = Annotated[
     str | None,
     Opt("What may not be picked: a dedup folder, ids (.txt), pool rows (.json, .npy), or column:NAME.", result=False),
 ]
+Predictions = Annotated[
+    str | None,
+    Opt(
+        "What `predict` wrote of the same pool: probabilities or boxes, for the strategies that read a model's predictions. "
+        "Default: FEATURES, if it holds some.",
+        metavar="DIR",
+        result=False,
+    ),
+]
 Memory = Annotated[
     str | None,
     Opt("Vectors a shard may hold in memory (4GiB); more are read on every use. Default: half of what is free.", result=False),
