@@ -11,7 +11,16 @@ WALL = 400
 FLOORS = [
     {"engine", "engine.masks"},
     {"engine.schema", "engine.arrays"},
-    {"engine.verbs", "engine.decode", "engine.canonical", "engine.draws", "engine.products", "engine.retry", "engine.phash"},
+    {
+        "engine.verbs",
+        "engine.decode",
+        "engine.canonical",
+        "engine.draws",
+        "engine.products",
+        "engine.retry",
+        "engine.phash",
+        "engine.influence",
+    },
     {"engine.nearest", "engine.blocks", "engine.places", "engine.session", "engine.pictures"},
     {"engine.folders"},
     {"engine.store"},
