@@ -14,6 +14,7 @@ import torch
 from scipy.linalg import cho_factor, cho_solve
 from scipy.special import log_softmax, softmax
 from sklearn.datasets import load_digits
+from threadpoolctl import threadpool_limits
 
 from engine.influence import Gradient, Losses
 
@@ -69,7 +70,7 @@ class Retraining:
 
     num_labeled: int = 200
     num_reference: int = 500
-    num_pool: int = 250
+    num_pool: int = 200
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -104,7 +105,8 @@ class Retraining:
     def changes(self) -> np.ndarray:
         """The change of the summed reference loss when one image of the pool is added, (num_pool,) float64."""
         (x, y), (extra, labels) = self.labeled, self.pool
-        after = [
-            optimum(np.vstack([x, extra[i : i + 1]]), np.append(y, labels[i : i + 1]), self.w) for i in range(self.num_pool)
-        ]
-        return np.array([self._reference_loss(w) for w in after]) - self._reference_loss(self.w)
+        with threadpool_limits(1):  # small matrices: threads that wait for one another cost more than they save
+            after = [
+                optimum(np.vstack([x, extra[i : i + 1]]), np.append(y, labels[i : i + 1]), self.w) for i in range(len(labels))
+            ]
+            return np.array([self._reference_loss(w) for w in after]) - self._reference_loss(self.w)
