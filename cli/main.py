@@ -272,7 +272,7 @@ def _strategies(options: Any, flags: dict[str, bool]) -> None:
         return
     for strategy in found:
         nested = "; nested: smaller budgets are prefixes" if strategy["nested"] else ""
-        output.say(f"{strategy['name']}: {strategy['summary']} (reads {', '.join(strategy['reads'])}{nested})")
+        output.say(f"{strategy['name']}: {strategy['summary']} (reads {', '.join(strategy['reads']) or 'nothing'}{nested})")
         for option in strategy["options"]:
             output.say(f"    --option {option['name']}={option['default']}  {option['help']}")
 
@@ -301,13 +301,18 @@ def _recipes(options: Any, flags: dict[str, bool]) -> None:
 
 def _encoders(options: Any, flags: dict[str, bool]) -> None:
     """List the encoders."""
-    from engine.encoders import encoder_help
+    from engine.encoders import encoder_help, encoder_options
+    from engine.recipes import option_text
 
+    options_of = encoder_options()
     if flags["json"]:
-        output.print_json({"encoders": encoder_help()})
+        output.print_json({"encoders": encoder_help(), "encoder_options": options_of})
         return
     for name, text in encoder_help().items():
         output.say(f"{name}: {text}")
+        for option in options_of.get(name, ()):
+            choices = f" ({', '.join(option['choices'])})" if option["choices"] else ""
+            output.say(f"    --encoder-option {option['name']}={option_text(option['default'])}  {option['help']}{choices}")
 
 
 VERBS: dict[str, tuple[type[Any], Any]] = {

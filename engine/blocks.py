@@ -28,8 +28,9 @@ class Block:
 
     `data` holds the vectors, `x` (r, d) float32, or reads them when they are wanted; `rows` (r,) the pool row of each
     vector, ascending; `columns` the per-row columns that the method declared; `predictions` what a model gave for each
-    row, or what reads it: `probs` (r, classes), or `score` (r, k), of an image's boxes, NaN beyond its last; `eligible`
-    (r,) False for rows that may not be picked; `state` what a method keeps between rounds, lost when a shard is restarted.
+    row, or what reads it: `probs` (r, classes), `score` (r, k), of an image's boxes, NaN beyond its last, or `influence`,
+    `stability` (r, 1), NaN for an image that has none; `eligible` (r,) False for rows that may not be picked; `state` what
+    a method keeps between rounds, lost when a shard is restarted.
     """
 
     index: int

@@ -14,6 +14,8 @@ from engine.tasks.setup import WEIGHTS
 from engine.weights import misfit, read_state
 
 BEST = "best.safetensors"
+IMAGES, HELDOUT = "images", "heldout"
+"""Folders of a checkpoint: the labelled images that it was trained on, and those that were kept from training."""
 
 
 class Checkpoint:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from engine.arrays import Ints
+from engine.draws import random_keys
 from engine.folders import digest_of
 from engine.places import Place
 from engine.schema import InputError
@@ -18,6 +19,8 @@ from engine.selections import ids_in, open_selection, rows_in
 from engine.sources import Pool, ids_of
 
 SHOWN = 3
+HELD_OUT = 71
+"""The key of the draw of images that are held out."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,21 @@ def read_chosen(selection: str, pool: Pool) -> Chosen:
         raise InputError(f"{what} names row {outside}; the pool has rows 0 to {pool.num_rows - 1}")
     by_row = bool(ids) and all(name == str(row) for row, name in ids.items())
     return Chosen(rows, digest_of(rows.tobytes()), {} if by_row else ids, by_row)
+
+
+def hold_out(chosen: Chosen, count: int, seed: int) -> tuple[Chosen, Chosen | None]:
+    """Return the chosen images to train on, and `count` of them that are held out (None for 0).
+
+    Which ones is a function of (seed, row) alone, whatever else was chosen beside them or in which order.
+    """
+    if count == 0:
+        return chosen, None
+    keys = random_keys(seed, (HELD_OUT,), chosen.rows)
+    held = np.isin(chosen.rows, chosen.rows[np.lexsort((chosen.rows, keys))[:count]])
+    kept, out = (
+        replace(chosen, rows=rows, digest=digest_of(rows.tobytes())) for rows in (chosen.rows[~held], chosen.rows[held])
+    )
+    return kept, out
 
 
 def _rows_of_folder(selection: str, place: Place, pool: Pool) -> tuple[Ints, dict[int, str]]:

@@ -36,6 +36,7 @@ from engine.schema import (
     parse_workers,
     result_options,
 )
+from engine.scoring import Scoring, check_options, open_scoring, prepare, without_h
 from engine.sources import Pool, columns_of, open_pool, save_pool
 from engine.store import part_rows, publish_features
 from engine.verbs import EmbedOptions
@@ -106,7 +107,7 @@ def _inputs(options: EmbedOptions, pool: Pool) -> dict[str, Any]:
     return inputs
 
 
-def _claims(options: EmbedOptions, inputs: dict[str, Any]) -> list[Store]:
+def _claims(options: EmbedOptions, inputs: dict[str, Any], scoring: Scoring) -> list[Store]:
     """Return the store of each encoder, OUT or OUT/<encoder>, with its manifest where it is published already.
 
     The identity of a store is that of a run of its encoder alone.
@@ -118,14 +119,16 @@ def _claims(options: EmbedOptions, inputs: dict[str, Any]) -> list[Store]:
             f"{out.uri} is a {itself['kind']} folder itself: several encoders write folders below --out, choose another"
         )
     reads = [options.pool, *([] if options.weights in NO_FILE else [options.weights])]
-    reads += [] if options.checkpoint is None else [options.checkpoint]
+    reads += [uri for uri in (options.checkpoint, options.reference, options.reference_labels) if uri is not None]
     stores = []
     for name in names:
         identity = result_options(replace(options, encoder=name))
         if "weights" in inputs or "checkpoint" in inputs:
             del identity["weights"]
         place = out if len(names) == 1 else out.at(name)
-        claim = Claim.of(place, "features", inputs, identity, options.overwrite, reads)
+        own = {**inputs, **scoring.inputs(name)}
+        told = {**identity, **scoring.identity(name)}
+        claim = Claim.of(place, "features", own, told, options.overwrite, reads)
         stores.append(Store(name, claim, claim.published(), {}))
     return stores
 
@@ -211,22 +214,29 @@ def embed_all(options: EmbedOptions, progress: Progress = no_progress) -> list[d
     """
     names = encoder_names(options.encoder)
     check_checkpoint(options)
+    check_options(options, names)
     parse_workers(options.workers)
     parse_decode_workers(options.decode_workers)
     with reached(options.pool):
         pool = open_pool(options.pool, columns_of(options))
     _rejected_limit(options.max_rejected, pool.num_rows)
     with reached(options.out):
-        stores = _claims(options, _inputs(options, pool))
+        scoring = open_scoring(options, names, pool)
+        stores = _claims(options, _inputs(options, pool), scoring)
     missing = [store for store in stores if store.manifest is None]
     if missing:
         left = replace(options, encoder=",".join(store.name for store in missing))
         began = time.perf_counter()
         encoders = _ready(left)
-        with reached(options.out, KEPT):
+        places = {store.name: store.place for store in missing}
+        lacking = without_h(encoders, places, options.overwrite)
+        with scoring.images(bool(lacking), progress) as reference, reached(options.out, KEPT):
             for store in missing:
                 store.claim.take()
                 save_pool(pool, store.place.at(LISTING))
+            if reference is not None:
+                threads = options.cpus_per_worker
+                prepare(lacking, places, reference, scoring.labelled, pool.num_rows, threads, progress)
             spent = _encode_missing(left, missing, pool, began, progress)
             for store in missing:
                 store.manifest = _publish(store, options, pool, encoders[store.name], spent)

@@ -7,7 +7,7 @@ stacked batch of those into vectors, on the model's device.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,9 +19,11 @@ from engine.inputs import Input, Pixels, SquareInput
 from engine.models import Models
 from engine.patterns import Clustering, kept, map_features, patterns, transformer_features
 from engine.predictors import DetectionsEncoder, ProbsEncoder
-from engine.schema import InputError, lookup
+from engine.schema import InputError, fields_of, lookup
+from engine.scorers import InfluenceEncoder, SimilarityEncoder
+from engine.stability import StabilityEncoder
 from engine.store import PATTERNS
-from engine.verbs import EmbedOptions
+from engine.verbs import SCORING, EmbedOptions
 
 Vectors = npt.NDArray[np.float32]
 
@@ -158,6 +160,9 @@ ENCODERS: dict[str, Callable[[EmbedOptions, Models], Encoder]] = {
     "pixels": PixelsEncoder,
     "probs": ProbsEncoder,
     "detections": DetectionsEncoder,
+    "influence": InfluenceEncoder,
+    "gradient_similarity": SimilarityEncoder,
+    "stability": StabilityEncoder,
 }
 
 
@@ -171,12 +176,13 @@ def encoder_names(text: str) -> tuple[str, ...]:
     return names
 
 
-def build_encoders(options: EmbedOptions, device: str) -> dict[str, Encoder]:
+def build_encoders(options: EmbedOptions, device: str, folders: Mapping[str, str] | None = None) -> dict[str, Encoder]:
     """Return the encoders that `options.encoder` names, by name, on a device ('cpu', 'cuda'), with one network for all.
 
-    Raises InputError for a model that can't be had, and an encoder that can't have it.
+    `folders` are the places of their stores, where some find what was made for them: needed to encode with those. Raises
+    InputError for a model that can't be had, and an encoder that can't have it.
     """
-    models = Models(options, device)
+    models = Models(options, device, folders)
     return {name: ENCODERS[name](options, models) for name in encoder_names(options.encoder)}
 
 
@@ -184,3 +190,14 @@ def build_encoders(options: EmbedOptions, device: str) -> dict[str, Encoder]:
 def encoder_help() -> dict[str, str]:
     """Return name -> what it gives, from the docstrings of the table."""
     return {name: " ".join((build.__doc__ or "").split()) for name, build in ENCODERS.items()}
+
+
+def encoder_options() -> dict[str, list[dict[str, Any]]]:
+    """Return name -> the options that `--encoder-option` takes for it: name, default, choices, help."""
+    return {
+        name: [
+            {"name": field.name, "default": field.default, "choices": list(field.opt.choices), "help": field.opt.help}
+            for field in fields_of(options)
+        ]
+        for name, options in SCORING.items()
+    }

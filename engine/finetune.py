@@ -11,8 +11,8 @@ import torch
 
 from engine import session
 from engine.backbones import NO_FILE
-from engine.checkpoints import BEST
-from engine.chosen import Chosen, read_chosen
+from engine.checkpoints import BEST, HELDOUT, IMAGES
+from engine.chosen import Chosen, hold_out, read_chosen
 from engine.folders import Claim, now, publish, read_manifest, sha256_of
 from engine.gather import Wanted, gather
 from engine.images import ImageSet
@@ -20,7 +20,7 @@ from engine.labels import Labels, read_labels
 from engine.places import Place
 from engine.recipes import resolve
 from engine.retry import reached
-from engine.schema import InputError, Progress, no_progress, result_options
+from engine.schema import InputError, Progress, no_progress, parse_hold_out, result_options
 from engine.sources import Pool, columns_of, open_pool
 from engine.tasks import Setup, build_task
 from engine.tasks.setup import WEIGHTS
@@ -43,11 +43,12 @@ UNKNOWN = ("0", "1")
 
 @dataclass(frozen=True)
 class Data:
-    """What a training reads: a pool, what was chosen of it, labels that come apart."""
+    """What a training reads: a pool, what was chosen of it, labels that come apart; and what was chosen but is held out."""
 
     pool: Pool
     chosen: Chosen
     labels: Labels | None
+    held: Chosen | None = None
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -57,7 +58,14 @@ class Data:
     def inputs(self) -> dict[str, Any]:
         """Return the digests of it all."""
         labels = self.labels.digest if self.labels is not None else None
-        return {"pool": self.pool.digest, "num_rows": self.pool.num_rows, "chosen": self.chosen.digest, "labels": labels}
+        held = {"held_out": self.held.digest} if self.held is not None else {}
+        return {
+            "pool": self.pool.digest,
+            "num_rows": self.pool.num_rows,
+            "chosen": self.chosen.digest,
+            "labels": labels,
+            **held,
+        }
 
 
 def _read(options: FinetuneOptions) -> tuple[Data, Data | None]:
@@ -66,7 +74,8 @@ def _read(options: FinetuneOptions) -> tuple[Data, Data | None]:
     with reached(options.pool):
         pool = open_pool(options.pool, columns)
         chosen = read_chosen(options.selection, pool)
-    train = Data(pool, chosen, _labels(options.labels, pool, chosen, pool.class_names, options))
+    kept, held = hold_out(chosen, parse_hold_out(options.hold_out, len(chosen.rows)), options.seed)
+    train = Data(pool, kept, _labels(options.labels, pool, chosen, pool.class_names, options), held)
     if options.test is None:
         if options.test_labels is not None or options.test_split is not None:
             raise InputError("--test-labels and --test-split are of a --test pool: give it, too")
@@ -143,11 +152,17 @@ def _claim(options: FinetuneOptions, setup: Setup, train: Data, test: Data | Non
 def _gather(
     options: FinetuneOptions, setup: Setup, train: Data, test: Data | None, progress: Progress
 ) -> tuple[Setup, ImageSet, ImageSet | None]:
-    """Gather the images into OUT/images and OUT/test; return them, and the setup with its classes."""
+    """Gather the images into OUT/images, OUT/heldout and OUT/test; return those to train and to test on, and the setup with
+    its classes.
+    """
     place, boxes, address = Place(options.out), setup.task == "detect", options.address
     wanted = Wanted(boxes, strict=True, max_pixels=options.max_pixels)
-    images = gather(train.pool, train.chosen, place.at("images"), wanted, train.labels, address, False, progress)
-    names = images.class_names or tuple(str(label) for label in range(images.manifest["max_label"] + 1))
+    images = gather(train.pool, train.chosen, place.at(IMAGES), wanted, train.labels, address, False, progress)
+    most = images.manifest["max_label"]
+    if train.held is not None:
+        held = gather(train.pool, train.held, place.at(HELDOUT), wanted, train.labels, address, False, progress)
+        most = max(most, held.manifest["max_label"])
+    names = images.class_names or tuple(str(label) for label in range(most + 1))
     setup = replace(setup, class_names=names)
     if names != (train.class_names or UNKNOWN):
         _try(setup)
@@ -205,7 +220,7 @@ def _metrics(saved: Saved, criterion: str) -> list[dict[str, Any]]:
     return metrics
 
 
-def _publish(claim: Claim, setup: Setup, images: ImageSet, spent: dict[str, Any]) -> dict[str, Any]:
+def _publish(claim: Claim, setup: Setup, images: ImageSet, num_held_out: int, spent: dict[str, Any]) -> dict[str, Any]:
     """Publish the last weights (their moving average, where there is one), the best ones, and what they gave."""
     place, steps = claim.place, steps_place(claim.place.address)
     saved = newest(steps)
@@ -224,6 +239,7 @@ def _publish(claim: Claim, setup: Setup, images: ImageSet, spent: dict[str, Any]
             "steps": saved.step,
             "epochs": saved.facts["epoch"],
             "num_images": len(images),
+            "num_held_out": num_held_out,
             "time": {**spent, **{key: round(value, 3) for key, value in saved.facts["spent"].items()}},
         },
     )
@@ -272,4 +288,4 @@ def finetune(options: FinetuneOptions, progress: Progress = no_progress) -> dict
             "gather_s": round(gathered - began, 3),
             "train_s": round(time.perf_counter() - gathered, 3),
         }
-        return _publish(claim, setup, images, spent)
+        return _publish(claim, setup, images, len(train.held.rows) if train.held is not None else 0, spent)

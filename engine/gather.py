@@ -134,8 +134,7 @@ def _check(parts: Sequence[Part], pool: Pool, wanted: Wanted, names: Sequence[st
         shown = "; ".join(f"{entry['id']!r}: {entry['reason']}" for entry in unlabelled[:SHOWN])
         raise InputError(
             f"{len(unlabelled):,} of {seen:,} images of pool {pool.uri!r} have no {what}: {shown}"
-            f"{'; ...' if len(unlabelled) > SHOWN else ''}. Label them (--labels), name the column (--label-column), or leave "
-            "them out of the selection"
+            f"{'; ...' if len(unlabelled) > SHOWN else ''}. {wanted.way_out}"
         )
     unknown = sum((Counter(part.unknown) for part in parts), Counter[str]())
     if unknown:

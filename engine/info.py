@@ -30,7 +30,7 @@ SHOWN = {
     "metrics": ("metrics",),
     "comparison": ("num_cells", "options"),
     "images": ("num_images", "class_names"),
-    "checkpoint": ("model", "metrics", "steps", "epochs", "num_images"),
+    "checkpoint": ("model", "metrics", "steps", "epochs", "num_images", "num_held_out"),
 }
 """What is told of each kind of folder, beside its state, digest, versions and times."""
 

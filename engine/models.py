@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import cached_property
 
@@ -30,11 +31,14 @@ def check_checkpoint(options: EmbedOptions) -> None:
 
 
 class Models:
-    """What the encoders of a command share, each made when it is first asked for, on their device."""
+    """What the encoders of a command share, each made when it is first asked for, on their device.
 
-    def __init__(self, options: EmbedOptions, device: str) -> None:
+    `folders`: the places of their stores, by encoder, where some find what was made for them beforehand.
+    """
+
+    def __init__(self, options: EmbedOptions, device: str, folders: Mapping[str, str] | None = None) -> None:
         check_checkpoint(options)
-        self.options, self.device = options, device
+        self.options, self.device, self.folders = options, device, dict(folders or {})
 
     @cached_property
     def trained(self) -> tuple[Checkpoint, Task, torch.nn.Module]:

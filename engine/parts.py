@@ -18,6 +18,7 @@ from engine.schema import RunError
 from engine.store import (
     DETECTIONS,
     PATTERNS,
+    SCORES,
     detections_array,
     labels_numpy,
     part_bytes,
@@ -42,14 +43,15 @@ def part_table(
 
     `vectors` begin with an array of none, (0, d); then come those of batches, one an image, or, for the columns of LISTS,
     of each image. They are stored as `dtype`. `extra` names and types the pool's further columns. Raises RunError for a
-    vector that is not finite as `dtype`; the message names its image.
+    vector that is not finite as `dtype`; the message names its image. The columns of SCORES may hold NaN: no score.
     """
     with np.errstate(over="ignore"):  # what does not fit is an error of ours, below
         stored = np.concatenate(vectors).astype(dtype)
     several = column in LISTS
     counts = np.array([len(own) for own in vectors[1:]] if several else [1] * len(items), dtype=np.int64)
-    if not np.isfinite(stored).all():
-        first = int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0])
+    allowed = np.isfinite(stored) | (np.isnan(stored) if column in SCORES else False)
+    if not allowed.all():
+        first = int(np.flatnonzero(~allowed.all(axis=1))[0])
         bad = items[int(np.searchsorted(np.cumsum(counts), first, side="right"))]
         raise RunError(f"the encoder gave a vector that is not finite as {dtype} for image {bad.id!r} (row {bad.row})")
     return pa.table(

@@ -24,7 +24,8 @@ from engine.parts import part_table, write_part
 from engine.places import Place
 from engine.schema import InputError, RunError, parse_decode_workers, parse_workers
 from engine.sources.pool import NO_SUCH_FILE, UNREADABLE, Sample
-from engine.store import DETECTIONS, MIN_PART_ROWS
+from engine.store import MIN_PART_ROWS
+from engine.tasks.canvas import CanvasInput
 from engine.verbs import EmbedOptions
 
 DEFAULT_BATCH = {"cpu": 16, "cuda": 256}
@@ -93,8 +94,9 @@ class PartEncoder:
         threads = options.cpus_per_worker
         torch.set_num_threads(threads)
         self.options, self.stores = options, stores
-        self.encoders = build_encoders(options, device)
-        self.batch = options.batch_size or (DETECTOR_BATCH if DETECTIONS in self.encoders else DEFAULT_BATCH)[device]
+        self.encoders = build_encoders(options, device, stores.places)
+        large = any(isinstance(encoder.input, CanvasInput) for encoder in self.encoders.values())
+        self.batch = options.batch_size or (DETECTOR_BATCH if large else DEFAULT_BATCH)[device]
         inputs = tuple(dict.fromkeys(encoder.input for encoder in self.encoders.values()))
         self.recipe = Recipe(stores.listing, stores.digest, inputs, options.max_pixels, options.draft, stores.addresses)
         self.pool = open_listing(self.recipe)

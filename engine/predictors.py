@@ -18,11 +18,16 @@ from engine.verbs import EmbedOptions
 
 
 class Predictor:
-    """A checkpoint's task and model on their device; raises InputError where its predictions are not of `column`."""
+    """A checkpoint's task and model on their device; raises InputError where its predictions are not of `column`.
 
-    def __init__(self, options: EmbedOptions, models: Models, column: str) -> None:
+    `encoder` is the one that reads them, where it is not named like them.
+    """
+
+    def __init__(self, options: EmbedOptions, models: Models, column: str, encoder: str | None = None) -> None:
         self.options, self.device = options, models.device
         self.checkpoint, self.task, self.model = models.trained
+        if self.task.column != column and encoder:
+            raise InputError(f"--encoder {encoder} is for a detector, and {options.checkpoint} holds a classifier")
         if self.task.column != column:
             raise InputError(
                 f"{options.checkpoint} holds a model for {self.checkpoint.setup.task}, which gives {self.task.column}: "

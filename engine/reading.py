@@ -12,10 +12,11 @@ import torch
 from engine.arrays import Floats, Ints
 from engine.blocks import Block
 from engine.canonical import canonical_norms, normalize
-from engine.store import DETECTIONS, PROBS, FeatureStore, labels_numpy, part_vectors, vector_counts, vectors_numpy
+from engine.schema import InputError
+from engine.store import DETECTIONS, PROBS, SCORES, FeatureStore, labels_numpy, part_vectors, vector_counts, vectors_numpy
 
-PREDICTED = {PROBS: "probs", DETECTIONS: "score"}
-"""The columns of a store that hold a model's predictions, and what a block calls what it reads of them."""
+PREDICTED = {PROBS: "probs", DETECTIONS: "score"} | {name: name for name in SCORES}
+"""The columns of a store that hold what a model gave, and what a block calls what it reads of them."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class StoredVectors:
 class StoredPredictions:
     """What a model gave for some pool rows (r,), read from its store's mapped files on every use.
 
-    (r, classes) probabilities, or (r, k) scores of the boxes, NaN beyond an image's last one; float32, in the host's memory.
+    (r, classes) probabilities, or (r, k) scores of the boxes, NaN beyond an image's last one, or (r, 1), NaN for an image
+    that has no score; float32, in the host's memory.
     """
 
     def __init__(self, store: FeatureStore, rows: Ints) -> None:
@@ -74,7 +76,7 @@ class StoredPredictions:
 
 def load_block(store: FeatureStore, index: int, reading: Reading, predictions: FeatureStore | None, held: bool) -> Block:
     """Return one block of a store; vectors and predictions as float32 in memory (`held`), or read on every use."""
-    several = store.vectors_per_image > 1
+    several = store.vectors_per_image > 1 and reading.vectors
     table = store.read_block(index, ["row", *reading.columns, *([store.column] if several else [])])
     rows = np.array(table["row"].to_numpy(), dtype=np.int64)
     columns = {name: labels_numpy(table[name]) for name in reading.columns}
@@ -109,3 +111,22 @@ def load_blocks(store: FeatureStore, indices: Iterable[int], reading: Reading) -
     room = min(reading.memory_bytes, torch.cuda.mem_get_info()[0] / 2) if reading.device == "cuda" else reading.memory_bytes
     held = reading.vectors and size <= room
     return [load_block(store, index, reading, predictions, held) for index in numbers]
+
+
+def check_same_pool(store: FeatureStore, given: FeatureStore) -> None:
+    """Raise InputError where predictions are of another pool than the features, or lack one of their rows."""
+    of, other = (s.manifest["inputs"].get("pool", {}).get("digest") for s in (store, given))
+    what = f"--predictions {given.place.uri} and {store.place.uri} are not of the same pool"
+    if of and other and of != other:
+        raise InputError(f"{what}: they were made from other images; predict the pool that was embedded")
+    lacking = store.rows[~np.isin(store.rows, given.rows)]
+    if len(lacking):
+        raise InputError(f"{what}: {len(lacking)} rows have features and no predictions, the first is {lacking[0]}")
+    for index in range(store.num_blocks):
+        table = store.read_block(index, ["row", "id"])
+        if index < given.num_blocks and table.equals(given.read_block(index, ["row", "id"])):
+            continue
+        rows = table["row"].to_numpy()
+        for row, mine, theirs in zip(rows, table["id"].to_pylist(), given.ids(rows), strict=True):
+            if mine != theirs:
+                raise InputError(f"{what}: row {row} has the id {mine!r} in the features and {theirs!r} there")

@@ -32,13 +32,15 @@ class Wanted:
     """What the images are for.
 
     `boxes`: they need boxes, else a label. `strict`: an image that can't be used is an error; else it is left out and
-    counted (test pools). `class_names`: what labels must mean, where that is settled already.
+    counted (test pools). `class_names`: what labels must mean, where that is settled already. `way_out` ends the error of
+    images without what they need.
     """
 
     boxes: bool
     strict: bool
     max_pixels: int
     class_names: tuple[str, ...] | None = None
+    way_out: str = "Label them (--labels), name the column (--label-column), or leave them out of the selection"
 
 
 @dataclass(frozen=True)

@@ -270,6 +270,29 @@ def _parse_budget(text: str, available: int) -> int:
     return count
 
 
+def parse_hold_out(text: str | None, num_chosen: int) -> int:
+    """Parse `--hold-out`, `10%` or a count, into how many of the chosen images are held out: 0 for None, else 1 or more.
+
+    Raises InputError where that leaves none to train on.
+    """
+    if text is None:
+        return 0
+    try:
+        value = Decimal(text.removesuffix("%").strip().replace("_", ""))
+    except InvalidOperation:
+        value = Decimal("NaN")
+    percent = text.endswith("%")
+    if not value.is_finite() or value <= 0 or (not percent and value != value.to_integral_value()):
+        raise InputError(f"--hold-out {text!r} is neither a count (100) nor a percentage (10%) above 0")
+    exact = value * num_chosen / 100 if percent else value
+    count = max(1, int(exact.to_integral_value(rounding="ROUND_HALF_UP")))
+    if count >= num_chosen:
+        raise InputError(
+            f"--hold-out {text!r} is {count:,} of {num_chosen:,} chosen images: one at least must be left to train on"
+        )
+    return count
+
+
 def parse_budgets(text: str, total: int, available: int) -> list[int]:
     """Parse `1000`, `2%` or `100,500,1%` into distinct counts of new labels, in the order given.
 

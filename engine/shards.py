@@ -22,11 +22,13 @@ from engine.canonical import rows_at
 from engine.products import precision
 from engine.reading import Reading, load_blocks
 from engine.schema import BLOCK_ROWS, InputError, first_line
-from engine.store import FeatureStore, part_vectors
+from engine.store import SCORES, FeatureStore, part_vectors
 
 RESTORE_TIMEOUT_S = 60.0
 SUM_ERROR = 0.01
 """How far the sum of an image's probabilities may be off 1: float16 rounds each by a 2,048th."""
+
+RANGES = "probabilities are at least 0 and sum to 1, scores are from 0 to 1; give a model's probabilities, not its logits"
 
 
 @dataclass(frozen=True)
@@ -350,6 +352,10 @@ def _first_wrong(block: Block) -> tuple[int, str] | None:
     """Return the first row of the block whose predictions can't be, and what is wrong with them."""
     for name in block.predictions:
         values = block.predicted(name).numpy()
+        if name in SCORES:
+            for at in np.flatnonzero(np.isinf(values).any(axis=1))[:1]:
+                return int(block.rows[at]), "an infinite score: embed the pool again"
+            continue
         sums = values.sum(axis=1, dtype=np.float64)
         with np.errstate(invalid="ignore"):
             outside = (values < 0) | (values > (1 if name == "score" else np.inf))
@@ -357,7 +363,7 @@ def _first_wrong(block: Block) -> tuple[int, str] | None:
         for at in np.flatnonzero(bad)[:1]:
             odd = values[at][outside[at]]
             what = f"a {'score' if name == 'score' else 'probability'} of {odd[0]:g}" if len(odd) else f"a sum of {sums[at]:g}"
-            return int(block.rows[at]), what
+            return int(block.rows[at]), f"{what}: {RANGES}"
     return None
 
 
@@ -366,7 +372,4 @@ def check_predictions(shards: Shards, uri: str) -> None:
     for found in shards.map(_first_wrong):
         if found:
             row, what = found
-            raise InputError(
-                f"{uri}: row {row} has {what}: probabilities are at least 0 and sum to 1, scores are from 0 to 1; "
-                "give a model's probabilities, not its logits"
-            )
+            raise InputError(f"{uri}: row {row} has {what}")

@@ -24,6 +24,9 @@ PATTERNS = "patterns"
 """The column that holds a list of vectors for each image."""
 DETECTIONS = "detections"
 """The column that holds a list of boxes for each image, which may be empty; any other holds one vector."""
+INFLUENCE, STABILITY = "influence", "stability"
+SCORES = (INFLUENCE, STABILITY)
+"""The columns that hold one number for each image, of what labelling it would be worth; NaN: there is none for it."""
 BOX_VALUES = 6
 """Of a box before it is stored: x, y, width, height, score, class."""
 DETECTION = pa.struct(
@@ -32,7 +35,7 @@ DETECTION = pa.struct(
 """A stored box: the class, an index into the model's class names; px from the top left corner of the image as stored."""
 OWN_COLUMNS = ("row", "id", "label", "width", "height", "phash", "bytes")
 """The columns of every part that `embed` writes, beside its pool's and its vectors."""
-TAKEN = frozenset((*OWN_COLUMNS, "embedding", PROBS, PATTERNS, DETECTIONS))
+TAKEN = frozenset((*OWN_COLUMNS, "embedding", PROBS, PATTERNS, DETECTIONS, *SCORES))
 """Names that a pool's further columns may not have."""
 PARTS_WANTED = 64
 """Small pools are cut into about this many parts, so that a handful of actors share them evenly."""
@@ -175,9 +178,9 @@ class FeatureStore:
 
     @classmethod
     def of_vectors(cls, uri: str) -> FeatureStore:
-        """Open a store that holds vectors; raises InputError for one that holds boxes."""
+        """Open a store that holds vectors; raises InputError for one that holds boxes or scores."""
         store = cls(uri)
-        if store.column == DETECTIONS:
+        if store.column in (DETECTIONS, *SCORES):
             raise no_vectors(store)
         return store
 
@@ -312,10 +315,9 @@ class FeatureStore:
 
 
 def no_vectors(store: FeatureStore) -> InputError:
-    """Return the error of a store that holds boxes where vectors are needed."""
-    return InputError(
-        f"{store.place.uri} holds the boxes that a detector found, not vectors: embed the pool by another encoder"
-    )
+    """Return the error of a store that holds boxes or scores where vectors are needed."""
+    what = "the boxes that a detector found" if store.column == DETECTIONS else f"a number for each image ({store.column})"
+    return InputError(f"{store.place.uri} holds {what}, not vectors: embed the pool by another encoder")
 
 
 def _totals(parts: list[dict[str, Any]], count: str) -> dict[str, int]:

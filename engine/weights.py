@@ -35,7 +35,7 @@ def read_state(uri: str) -> dict[str, Any]:
     if not place.exists():
         raise InputError(f"weights file {uri!r} does not exist")
     data = place.read()
-    if uri.endswith(".safetensors"):
+    if place.path.endswith(".safetensors"):
         import safetensors
         import safetensors.torch
 
@@ -43,7 +43,7 @@ def read_state(uri: str) -> dict[str, Any]:
             return dict(safetensors.torch.load(data))
         except safetensors.SafetensorError as error:
             raise InputError(f"weights file {uri!r} is not safetensors: {error}") from error
-    if not uri.endswith((".pth", ".pt", ".bin", ".tar")):
+    if not place.path.endswith((".pth", ".pt", ".bin", ".tar")):
         raise InputError(f"weights file {uri!r} is neither .safetensors nor .pth, .pt, .bin, .tar")
     import io
     import pickle

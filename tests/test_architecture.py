@@ -30,8 +30,9 @@ FLOORS = [
     {"engine.labels"},
     {"engine.records", "engine.tasks"},
     {"engine.checkpoints", "engine.gather"},
-    {"engine.models"},
-    {"engine.predictors"},
+    {"engine.models", "engine.reference"},
+    {"engine.predictors", "engine.scorers"},
+    {"engine.stability", "engine.scoring"},
     {"engine.encoders", "engine.parts", "engine.recipes"},
     {"engine.runner", "engine.placement", "engine.pipeline"},
     {"engine.embed", "engine.ingest", "engine.select", "engine.training"},
@@ -73,7 +74,7 @@ ONLY_THERE = {
 }
 """Libraries that a few rooms know and no others."""
 
-VERBS = {"engine.verbs", "engine.verbs.shared", "engine.verbs.features", "engine.verbs.training"}
+VERBS = {"engine.verbs", "engine.verbs.shared", "engine.verbs.features", "engine.verbs.scoring", "engine.verbs.training"}
 LIGHT = {"engine", "engine.masks", "engine.schema", "engine.session", *VERBS}
 LIGHT |= {"cli", "cli.main", "cli.options", "cli.output", "cli.__main__"}
 """What `coresift --help` loads."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from test_contract import NOTHING, labels, pick, shards_of
+from test_scored import detections, import_as, picked
 
 from engine.runner import run_method
 from engine.schema import InputError
@@ -58,3 +61,26 @@ def test_uniform_counts_new_labels_only() -> None:
 def test_uniform_without_labels_says_what_to_do() -> None:
     with pytest.raises(InputError, match=r"some rows have none: use 'random'"):
         uniform(np.array([0, 1, -1]), 2)
+
+
+def test_images_with_several_vectors_are_drawn_once() -> None:
+    x, y = np.zeros((60, 2), dtype=np.float32), np.arange(20) % 2
+    rows = np.repeat(np.arange(20), 3)
+    for name in ("random", "uniform"):
+        _, method, options = strategy_options(name, {})
+        request = Request(12, 0, NOTHING)
+        picks = run_method(method, from_array(x, y, block_rows=8, rows=rows), request, options).picks
+        alone = run_method(method, from_array(x[:20], y, block_rows=8), request, options).picks
+        assert picks.tolist() == alone.tolist()
+        assert len(set(picks.tolist())) == 12
+
+
+def test_both_take_boxes(tmp_path: Path) -> None:
+    """They read no vectors: any store will do, with the same picks as of vectors."""
+    boxes = detections(tmp_path, "boxes", [[0.5] * (row % 3) for row in range(90)])
+    vectors = import_as(tmp_path, "vectors", np.ones((90, 3), dtype=np.float32))
+    assert picked(boxes, tmp_path / "a", "random") == picked(vectors, tmp_path / "b", "random")
+    with pytest.raises(InputError, match="have none: use 'random'"):
+        picked(boxes, tmp_path / "c", "uniform")
+    labelled = detections(tmp_path, "labelled", [[0.5] * (row % 3) for row in range(90)], labels=np.arange(90) % 4)
+    assert np.bincount(np.array(picked(labelled, tmp_path / "d", "uniform")) % 4).tolist() == [5] * 4

@@ -14,9 +14,12 @@ import safetensors.torch
 from trainings import CLASSES, TINY_VIT, lines_of, picture
 
 from cli.main import run
+from engine.chosen import HELD_OUT
+from engine.draws import random_keys
 from engine.finetune import finetune
 from engine.folders import sha256_of
 from engine.images import ImageSet
+from engine.info import describe
 from engine.places import Place
 from engine.schema import InputError, build_options
 from engine.verbs import FinetuneOptions
@@ -187,9 +190,52 @@ def test_another_option_is_refused_and_one_of_the_how_is_not(published, pools, s
     assert finetune(told(pools, selection, out, checkpoint_steps=7, loaders=3, max_failures=0)) == manifest
 
 
+def held_rows(out):
+    return [record.row for record in ImageSet(str(out / "heldout")).records()]
+
+
+def test_images_may_be_held_out(published, pools, selection, tmp_path):
+    out = tmp_path / "out"
+    manifest = finetune(told(pools, selection, out, hold_out="20%"))
+    assert (manifest["num_images"], manifest["num_held_out"], published[1]["num_held_out"]) == (17, 4, 0)
+    held, trained = held_rows(out), [record.row for record in ImageSet(str(out / "images")).records()]
+    assert sorted(held + trained) == [row for row in range(30) if row % 10 < 7]
+    for record in ImageSet(str(out / "heldout")).records():
+        assert sorted(CLASSES)[record.label] == record.id.split("/")[0]
+    assert verify(str(out))["bad"] == []
+    assert describe(str(out))["num_held_out"] == 4
+    assert describe(str(out / "heldout"))["num_images"] == 4
+    assert finetune(told(pools, selection, out, hold_out="4")) == manifest  # the same draw in other words
+    with pytest.raises(InputError, match=r"inputs.train.chosen"):
+        finetune(told(pools, selection, out, hold_out="5"))
+    with pytest.raises(InputError, match=r"inputs.train.held_out"):
+        finetune(told(pools, selection, out))
+
+
+def test_a_class_that_only_a_held_out_image_has_is_known(tmp_path):
+    """Labels are numbers, so that classes are counted: the largest is that of the one image held out."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "pool").mkdir()
+    rows = np.arange(8)
+    held = int(rows[np.argsort(random_keys(0, (HELD_OUT,), rows))[0]])
+    lines = ["path,label"]
+    for row in rows.tolist():
+        (tmp_path / "pool" / f"{row}.png").write_bytes(picture(row % 3, rng))
+        lines.append(f"{row}.png,{5 if row == held else row % 2}")
+    (tmp_path / "pool" / "list.csv").write_text("\n".join(lines) + "\n")
+    options = told((str(tmp_path / "pool" / "list.csv"), None), "all", tmp_path / "out", test=None, hold_out="1")
+    assert len(finetune(options)["model"]["class_names"]) == 6
+    assert held_rows(tmp_path / "out") == [held]
+
+
 @pytest.mark.parametrize(
     ("more", "given", "words"),
     [
+        ((), {"hold_out": "100%"}, "--hold-out '100%' is 21 of 21 chosen images: one at least must be left to train on"),
+        ((), {"hold_out": "21"}, "one at least must be left"),
+        ((), {"hold_out": "0"}, "neither a count .100. nor a percentage .10%. above 0"),
+        ((), {"hold_out": "some"}, "--hold-out 'some' is neither"),
+        ((), {"hold_out": "1.5"}, "--hold-out '1.5' is neither"),
         (("batch_size=9",), {"workers": 2}, "batch_size 9 can't be split over 2 workers x accumulate 1"),
         ((), {"deepspeed": "zero1"}, "--workers 1 or more"),
         (("ema_decay=0.9",), {"deepspeed": "zero3", "workers": 2}, "ema_decay can't average one"),

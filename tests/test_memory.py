@@ -54,7 +54,8 @@ cases, grown = json.loads(sys.argv[1]), {}
 for name, (n, b, given) in cases.items():
     x = np.random.default_rng(0).standard_normal((n, 16)).astype(np.float32)
     probs = np.random.default_rng(1).dirichlet(np.ones(10), n).astype(np.float32)
-    shards = from_array(x, np.arange(n) % 10, predictions={"probs": probs})
+    predictions = {"probs": probs, "influence": x[:, :1], "stability": x[:, 1:2]}
+    shards = from_array(x, np.arange(n) % 10, predictions=predictions)
     _, method, options = strategy_options(name, given)
     small = Request(3, 0, np.empty(0, dtype=np.int64))
     run_method(method, shards, small, options)

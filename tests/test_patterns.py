@@ -439,7 +439,7 @@ def test_more_shards_give_the_same_picks(features: FeatureStore, ray_session: No
     assert there.gains.tobytes() == here.gains.tobytes()
 
 
-@pytest.mark.parametrize("strategy", ["kmeans", "coreset", "random"])
+@pytest.mark.parametrize("strategy", ["kmeans", "coreset", "maxherding"])
 def test_strategies_of_one_vector_an_image_refuse_patterns(features: FeatureStore, tmp_path: Path, strategy: str) -> None:
     words = rf"strategy '{strategy}' takes one vector an image, .* has up to 3 \(patterns\): use freesel"
     given = {"features": features.place.uri, "out": str(tmp_path / "out"), "workers": 0}

@@ -221,7 +221,7 @@ def test_boxes_are_no_vectors(pool, detector, classifier, tmp_path):
     run_predict(pool, detector, tmp_path / "boxes")
     given = {"features": str(tmp_path / "boxes"), "out": str(tmp_path / "out")}
     for refuse in (
-        lambda: select(SelectOptions(strategy="random", budget="5", **given)),
+        lambda: select(SelectOptions(strategy="kmeans", budget="5", **given)),
         lambda: dedup(DedupOptions(**given)),
         lambda: compare(CompareOptions(strategies=("random",), budget="5", metrics=("coverage",), **given)),
         lambda: evaluate(EvaluateOptions(subject=given["features"], selection=str(tmp_path), metrics=("coverage",))),

@@ -306,3 +306,31 @@ def test_ten_seconds_without_the_endpoint_of_a_container(bucket, pool, tmp_path,
     assert not down[0].is_alive()
     assert manifest["num_rejected"] == 0
     assert parts(manifest) == parts(embed(options(tmp_path / name, tmp_path / "local")))
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_what_is_made_before_encoding_lies_in_the_bucket(bucket, tmp_path, request, monkeypatch, workers):
+    """Checkpoint, its labelled images and the store are there; a run that is killed once h is made goes on with it."""
+    from test_scorers import FEW, pool_of, told, with_images
+    from trained import make_checkpoint, setup_of
+
+    if workers:
+        request.getfixturevalue("ray_session")
+    images = pool_of(tmp_path / "p", 0)
+    checkpoint = with_images(make_checkpoint(tmp_path / "c", setup_of(mean=(0.4,), std=(0.3,))))
+    pafs.copy_files(checkpoint, f"bucket/model-{workers}", destination_filesystem=bucket.fs)
+    whole = embed(told(images, checkpoint, tmp_path / "here"))
+    out = bucket.uri(f"scores-{workers}")
+    options = told(images, bucket.uri(f"model-{workers}"), out, "influence", FEW, workers=workers)
+    with monkeypatch.context() as patch:
+        for name in ("in_process", "on_ray"):
+            patch.setattr(embed_module, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            embed(options)
+    made = bucket.fs.get_file_info(f"bucket/scores-{workers}/h.safetensors").mtime_ns
+    manifest = embed(options)
+    assert manifest["parts"] == whole["parts"]
+    assert manifest["files"]["h.safetensors"] == whole["files"]["h.safetensors"]
+    assert bucket.fs.get_file_info(f"bucket/scores-{workers}/h.safetensors").mtime_ns == made
+    assert verify(out)["bad"] == []
+    assert b"secret" not in Place(out).at("manifest.json").read()

@@ -172,7 +172,9 @@ def import_as(folder: Path, name: str, x: np.ndarray, holds: str = "embedding", 
     return str(folder / name)
 
 
-def detections(folder: Path, name: str, boxes: list[list[float]], block_rows: int = 64) -> str:
+def detections(
+    folder: Path, name: str, boxes: list[list[float]], block_rows: int = 64, labels: np.ndarray | None = None
+) -> str:
     """Write a store as `predict` does of a detector that found boxes of these scores, a part a block."""
     place, parts = Place(str(folder / name)), []
     begin(place, "features", {}, {}, overwrite=False)
@@ -181,10 +183,12 @@ def detections(folder: Path, name: str, boxes: list[list[float]], block_rows: in
         values = np.array([[1, 2, 3, 4, s, 0] for scores in mine for s in scores], dtype=np.float32).reshape(-1, 6)
         rows = np.arange(start, start + len(mine))
         column = detections_array(values, np.array([len(scores) for scores in mine]))
-        table = pa.table({"row": rows, "id": rows.astype(str), "label": pa.nulls(len(rows), pa.int64()), "detections": column})
+        label = pa.nulls(len(rows), pa.int64()) if labels is None else pa.array(labels[rows])
+        table = pa.table({"row": rows, "id": rows.astype(str), "label": label, "detections": column})
         data = part_bytes(table)
         place.at("parts", part_name(start)).write(data)
-        facts = {"start": start, "stop": start + len(mine), "num_vectors": len(mine), "num_labeled": 0, "num_rejected": 0}
+        facts = {"start": start, "stop": start + len(mine), "num_vectors": len(mine), "num_rejected": 0}
+        facts["num_labeled"] = 0 if labels is None else len(mine)
         parts.append(
             {"name": part_name(start), **facts, "num_detections": len(values), "sha256": str(start), "bytes": data.size}
         )
@@ -354,4 +358,5 @@ def test_what_strategies_read_is_listed() -> None:
     reads = {strategy["name"]: strategy["reads"] for strategy in describe_strategies()}
     assert reads["entropy"] == ["probs or detections"]
     assert reads["badge"] == ["vectors", "probs"]
-    assert reads["uniform"] == ["vectors", "label"]
+    assert reads["gradient_similarity"] == ["influence"]
+    assert (reads["random"], reads["uniform"]) == ([], ["label"])

@@ -16,7 +16,7 @@ from engine.arrays import Ints
 from engine.folders import Claim, digest_of, publish, read_manifest
 from engine.placement import open_shards
 from engine.places import Place
-from engine.reading import PREDICTED
+from engine.reading import PREDICTED, check_same_pool
 from engine.runner import Journal, Method, run_method
 from engine.schema import (
     InputError,
@@ -31,9 +31,16 @@ from engine.schema import (
 )
 from engine.selections import Selection, ids_in, open_selection, rows_in
 from engine.shards import Request, Step
-from engine.store import DETECTIONS, FeatureStore, no_vectors, table_bytes
+from engine.store import DETECTIONS, INFLUENCE, SCORES, STABILITY, FeatureStore, no_vectors, table_bytes
 from engine.verbs import SelectOptions
 
+SAID = {
+    "probs": "probabilities",
+    "score": "a detector's boxes",
+    "influence": "scores by gradients (influence)",
+    "stability": "scores by noise (stability)",
+}
+"""What predictions are called in errors, by their name in a block."""
 COLUMN = "column:"
 """What begins a --labeled or --exclude that names a column of the features."""
 
@@ -43,8 +50,9 @@ class Strategy:
     """A row of STRATEGIES. `columns` are the store's columns that the method reads beside the vectors.
 
     `nested`: the picks for a smaller budget are a prefix of those for a larger one, so one run answers them all.
-    `patterns`: it takes images with several vectors. `predictions` are those of a model that it can read, `probs` or
-    `score` (`Block.predictions`); with `vectors` false it reads nothing else.
+    `patterns`: it takes images with several vectors. `predictions` are those of a model that it can read, `probs`, `score`,
+    `influence` or `stability` (`Block.predictions`), by `encoder` alone where that is named; with `vectors` false it reads
+    nothing else.
     """
 
     module: str
@@ -55,6 +63,7 @@ class Strategy:
     patterns: bool = False
     predictions: tuple[str, ...] = ()
     vectors: bool = True
+    encoder: str | None = None
 
     def load(self) -> tuple[Method, type[Any]]:
         """Import the module; return its method and its Options."""
@@ -67,10 +76,23 @@ def _scored(name: str, summary: str) -> Strategy:
     return Strategy("engine.select.scored", name, summary, nested=True, predictions=("probs", "score"), vectors=False)
 
 
+def _lowest(name: str, summary: str, column: str) -> Strategy:
+    """Return the row of a strategy that takes the images of lowest score, which the encoder of its name gave."""
+    reads = (column,)
+    return Strategy("engine.select.lowest", name, summary, nested=True, predictions=reads, vectors=False, encoder=name)
+
+
 STRATEGIES: dict[str, Strategy] = {
-    "random": Strategy("engine.select.baselines", "random", "one seeded permutation of the pool", nested=True),
+    "random": Strategy(
+        "engine.select.baselines", "random", "one seeded permutation of the pool", nested=True, patterns=True, vectors=False
+    ),
     "uniform": Strategy(
-        "engine.select.baselines", "uniform", "equally many of every class, by the pool's own labels", columns=("label",)
+        "engine.select.baselines",
+        "uniform",
+        "equally many of every class, by the pool's own labels",
+        columns=("label",),
+        patterns=True,
+        vectors=False,
     ),
     "kmeans": Strategy("engine.select.kmeans", "kmeans", "the image nearest to each of `budget` k-means centres"),
     "activeft": Strategy(
@@ -101,6 +123,13 @@ STRATEGIES: dict[str, Strategy] = {
     "entropy": _scored("entropy", "the images whose predicted class, or boxes, a model is least sure of, by entropy"),
     "margin": _scored("margin", "the same by the smallest margin between the two likeliest classes"),
     "least_confidence": _scored("least_confidence", "the same by the lowest probability of the likeliest class"),
+    "influence": _lowest(
+        "influence", "the images that lower the loss on a reference set the most, by a trained model", INFLUENCE
+    ),
+    "gradient_similarity": _lowest(
+        "gradient_similarity", "the images whose gradients are most like those of a reference set", INFLUENCE
+    ),
+    "stability": _lowest("stability", "the images in which a detector's boxes move most under noise", STABILITY),
     "badge": Strategy(
         "engine.select.badge",
         "badge",
@@ -119,8 +148,8 @@ def strategy_options(name: str, given: dict[str, Any]) -> tuple[Strategy, Method
 
 
 def check_vectors(strategy: Strategy, store: FeatureStore) -> None:
-    """Raise InputError when the strategy reads vectors and the store has boxes, or takes one an image and it has several."""
-    if strategy.vectors and store.column == DETECTIONS:
+    """Raise InputError when the strategy reads vectors and the store has none, or takes one an image and it has several."""
+    if strategy.vectors and store.column in (DETECTIONS, *SCORES):
         raise no_vectors(store)
     if store.vectors_per_image > 1 and not strategy.patterns:
         raise InputError(
@@ -159,39 +188,38 @@ def read_predictions(strategies: Iterable[Strategy], store: FeatureStore, uri: s
         if uri is None and (store.column not in PREDICTED or strategy.vectors):
             raise InputError(
                 f"strategy {strategy.name!r} reads a model's predictions{' beside the vectors' if strategy.vectors else ''}, "
-                f"and {store.place.uri} holds {store.column} alone: give --predictions DIR, what `coresift predict` wrote"
+                f"and {store.place.uri} holds {store.column} alone: give --predictions DIR, what {_writer(strategy)} wrote"
             )
     given = FeatureStore(uri) if uri else store
     if given.column not in PREDICTED:
-        raise InputError(f"--predictions {uri!r} holds {given.column}: give what `coresift predict` wrote of the same pool")
+        raise InputError(f"--predictions {uri!r} holds {given.column}: give what {_writer(readers[0])} wrote of the same pool")
     for strategy in readers:
-        if PREDICTED[given.column] not in strategy.predictions:
-            raise InputError(
-                f"strategy {strategy.name!r} reads probabilities, and {given.place.uri} holds a detector's boxes: "
-                "use entropy, margin or least_confidence"
-            )
+        _check_reads(strategy, given)
     if uri:
-        _check_same_pool(store, given)
+        check_same_pool(store, given)
     return given
 
 
-def _check_same_pool(store: FeatureStore, given: FeatureStore) -> None:
-    """Raise InputError where predictions are of another pool than the features, or lack one of their rows."""
-    of, other = (s.manifest["inputs"].get("pool", {}).get("digest") for s in (store, given))
-    what = f"--predictions {given.place.uri} and {store.place.uri} are not of the same pool"
-    if of and other and of != other:
-        raise InputError(f"{what}: they were made from other images; predict the pool that was embedded")
-    lacking = store.rows[~np.isin(store.rows, given.rows)]
-    if len(lacking):
-        raise InputError(f"{what}: {len(lacking)} rows have features and no predictions, the first is {lacking[0]}")
-    for index in range(store.num_blocks):
-        table = store.read_block(index, ["row", "id"])
-        if index < given.num_blocks and table.equals(given.read_block(index, ["row", "id"])):
-            continue
-        rows = table["row"].to_numpy()
-        for row, mine, theirs in zip(rows, table["id"].to_pylist(), given.ids(rows), strict=True):
-            if mine != theirs:
-                raise InputError(f"{what}: row {row} has the id {mine!r} in the features and {theirs!r} there")
+def _writer(strategy: Strategy) -> str:
+    """Return the command that writes what a strategy reads of a model."""
+    return f"`coresift embed --encoder {strategy.encoder}`" if strategy.encoder else "`coresift predict`"
+
+
+def _check_reads(strategy: Strategy, given: FeatureStore) -> None:
+    """Raise InputError where a strategy can't read what a store holds, or another encoder made it."""
+    holds = PREDICTED[given.column]
+    if holds not in strategy.predictions:
+        reads, others = " or ".join(SAID[name] for name in strategy.predictions), []
+        others = [name for name, other in STRATEGIES.items() if holds in other.predictions]
+        raise InputError(
+            f"strategy {strategy.name!r} reads {reads}, and {given.place.uri} holds {SAID[holds]}: use {', '.join(others)}"
+        )
+    made_by = (given.manifest.get("encoder") or {}).get("name")
+    if strategy.encoder is not None and made_by != strategy.encoder:
+        raise InputError(
+            f"strategy {strategy.name!r} reads what --encoder {strategy.encoder} wrote, and {given.place.uri} is of "
+            f"{made_by!r}: use strategy {made_by!r}, or embed again"
+        )
 
 
 def places_read(*uris: str | None) -> list[str]:

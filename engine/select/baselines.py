@@ -23,7 +23,7 @@ class Options:
 
 
 def _lowest_keys(block: Block, seed: int, m: int, taken: Ints) -> Ranked:
-    open_rows = block.rows[block.eligible & ~np.isin(block.rows, taken)]
+    open_rows = np.unique(block.rows[block.eligible & ~np.isin(block.rows, taken)])  # several vectors an image: one key
     return smallest(random_keys(seed, (), open_rows), open_rows, m)
 
 
@@ -46,11 +46,11 @@ def _classes(block: Block) -> Ints:
 
 
 def _lowest_keys_by_class(block: Block, seed: int, classes: Ints, m: int) -> list[Ranked]:
-    keys = random_keys(seed, (), block.rows)
     found = []
     for label in classes:
         mine: Bools = block.eligible & (block.columns["label"] == label)
-        found.append(smallest(keys[mine], block.rows[mine], m))
+        rows = np.unique(block.rows[mine])
+        found.append(smallest(random_keys(seed, (), rows), rows, m))
     return found
 
 

@@ -111,25 +111,31 @@ def uncertainty(block: Block, name: str, aggregate: str) -> Floats:
     return _of_classes(block.predicted("probs"), CLASSES[name])
 
 
-def _least_sure(block: Block, name: str, aggregate: str, m: int) -> Ranked:
-    """Return the m eligible rows of largest uncertainty (negated), the smaller one of equal ones first."""
-    values = uncertainty(block, name, aggregate)
+def _largest(block: Block, value: Callable[[Block], Floats], m: int) -> Ranked:
+    """Return the m eligible rows of largest value (negated), the smaller one of equal ones first."""
+    values = value(block)
     known = block.eligible & ~np.isnan(values)
     return smallest(-values[known], block.rows[known], m)
 
 
-def _ranked(name: str, shards: Shards, request: Request, options: Options) -> Iterator[Step]:
-    """Pick the images of largest uncertainty, which is their gain; ties go to the smaller row.
+def ranked(shards: Shards, request: Request, value: Callable[[Block], Floats]) -> Iterator[Step]:
+    """Pick the images of largest value, which is their gain; ties go to the smaller row.
 
-    Images in which a detector found no box come last, in a seeded order (gain empty). Smaller budgets are prefixes.
+    `value` gives those of a block's images, (r,) float64. Images that have none (NaN) come last, in a seeded order (gain
+    empty). Smaller budgets are prefixes.
     """
     m = request.budget
-    negated, rows = shards.map(_least_sure, name, options.aggregate, m, combine=partial(merge_smallest, m))
+    negated, rows = shards.map(_largest, value, m, combine=partial(merge_smallest, m))
     rest: Ints = first_of_permutation(shards, request.seed, WITHOUT_BOXES, rows, m - len(rows)) if len(rows) < m else rows[:0]
     gains = np.concatenate([-negated, np.full(len(rest), np.nan)])
     yield Step(1, 1, np.concatenate([rows, rest]), gains)
 
 
-entropy = partial(_ranked, "entropy")
-margin = partial(_ranked, "margin")
-least_confidence = partial(_ranked, "least_confidence")
+def _least_sure(name: str, shards: Shards, request: Request, options: Options) -> Iterator[Step]:
+    """Pick the images of largest uncertainty, which is their gain; those in which a detector found no box come last."""
+    yield from ranked(shards, request, partial(uncertainty, name=name, aggregate=options.aggregate))
+
+
+entropy = partial(_least_sure, "entropy")
+margin = partial(_least_sure, "margin")
+least_confidence = partial(_least_sure, "least_confidence")

@@ -16,6 +16,7 @@ import torch
 from engine.arrays import Ints
 from engine.images import Record
 from engine.inputs import Input, Pixels
+from engine.tasks.calculus import Calculus
 from engine.tasks.setup import Setup, setup_from
 
 Prediction = npt.NDArray[np.float32]
@@ -24,6 +25,10 @@ score, class; best score first."""
 
 Result = tuple[str, float | None, str]
 """(metric, value, note); the value is None where the metric is not defined, and the note says why."""
+
+Target = Any
+"""What one image's loss is measured against. classify: a class (an int), or (classes,) float32, their probabilities.
+detect: `boxes` (m, 4) float32, left, top, right, bottom in px of the prepared image, `labels` (m,) int64, the head's own."""
 
 Batch = Any
 """A task's own collated examples, tensors in lists, tuples and dicts only, so that they can be moved to a device."""
@@ -39,6 +44,7 @@ class Task(Protocol):
     """How images are prepared for evaluation and prediction."""
     criterion: str
     """The metric by which the best checkpoint is chosen; larger is better."""
+    calculus: Calculus
 
     def build(self, pretrained: bool) -> torch.nn.Module:
         """Return the model, on the CPU: with the weights that the setup names, or, where not `pretrained`, any.
@@ -71,6 +77,29 @@ class Task(Protocol):
         `sizes` (r, 2) are the images' width and height in px as stored.
         """
 
+    def heads(self, model: torch.nn.Module) -> dict[str, tuple[str, ...]]:
+        """Return the names of the parameters of each group of the head, by the groups of `calculus.scales`."""
+
+    def targets(self, records: Sequence[Record], sizes: Ints) -> list[Target]:
+        """Return the true targets of images prepared by `input`; `sizes` as `predict` takes them."""
+
+    def pseudo(
+        self, model: torch.nn.Module, pixels: Pixels, sizes: Ints, expected: bool, least_score: float
+    ) -> list[Target | None]:
+        """Return targets of the model's own making for a batch of images prepared by `input`; None: it sees nothing there.
+
+        classify: the likeliest class, or, if `expected`, the ten likeliest by their renormalised probabilities. detect: the
+        boxes that it finds of `least_score` and more.
+        """
+
+    def losses(
+        self, model: torch.nn.Module, pixels: Pixels, sizes: Ints, targets: Sequence[Target], keys: Sequence[int]
+    ) -> torch.Tensor:
+        """Return each image's loss (r,), differentiable; the model, in eval mode, computes what it does in evaluation.
+
+        What the loss draws (Faster R-CNN: which proposals) is a function of the image's key, 0 <= key < 2^63.
+        """
+
     def measure(self, predictions: Sequence[Prediction], records: Sequence[Record]) -> list[Result]:
         """Return the metrics of predictions against the truth, the most telling first. Records may lack their `data`."""
 
@@ -84,4 +113,4 @@ def build_task(setup: Setup) -> Task:
     return task
 
 
-__all__ = ["Batch", "Prediction", "Result", "Setup", "Task", "build_task", "setup_from"]
+__all__ = ["Batch", "Calculus", "Prediction", "Result", "Setup", "Target", "Task", "build_task", "setup_from"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,28 @@ def _steps(augment: str, fill: tuple[int, ...]) -> tuple[Any, ...]:
     return v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=list(fill)), v2.RandomIoUCrop(), flip
 
 
+def placed(boxes: torch.Tensor, labels: torch.Tensor, size: Sequence[int], resized: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Return boxes (left, top, right, bottom) of an image of a size (width, height), as targets on the image resized.
+
+    Clipped to it; those without area are left out.
+    """
+    ends = torch.tensor([*resized] * 2, dtype=torch.float32)
+    found = (boxes * (ends / torch.tensor([*size] * 2, dtype=torch.float32))).clamp(min=torch.zeros(4), max=ends)
+    area = (found[:, 2:] > found[:, :2]).all(1)
+    return {"boxes": found[area], "labels": labels[area]}
+
+
+def corners_of(record: Record) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the boxes of an image that are targets, (m, 4) left, top, right, bottom in px as stored, and their classes.
+
+    Crowds are none.
+    """
+    kept = ~record.crowd
+    corners = record.boxes[kept].copy()
+    corners[:, 2:] += corners[:, :2]
+    return torch.from_numpy(corners), torch.from_numpy(record.box_labels[kept])
+
+
 def make_example(record: Record, image: Image.Image, given: CanvasInput, augment: str, fill: tuple[int, ...]) -> Example:
     """Return an image and its boxes, augmented by draws from torch's global generator, and resized as `given` says.
 
@@ -39,12 +62,10 @@ def make_example(record: Record, image: Image.Image, given: CanvasInput, augment
     with one box at least, flip. Boxes are clipped to the image; those without area left, those whose centre a crop cut
     off, and crowds are no targets.
     """
-    kept = ~record.crowd
-    corners = record.boxes[kept].copy()
-    corners[:, 2:] += corners[:, :2]
+    corners, labels = corners_of(record)
     # boxes and labels travel together, so that a step that drops boxes could not part them
     boxes: Any = tv_tensors.BoundingBoxes(
-        torch.from_numpy(corners),
+        corners,
         format="XYXY",
         canvas_size=(image.height, image.width),
     )
@@ -52,9 +73,5 @@ def make_example(record: Record, image: Image.Image, given: CanvasInput, augment
         if not (isinstance(step, v2.RandomIoUCrop) and min(image.size) < CROP_PX):
             image, boxes = step(image, boxes)
     pixels = given.resize(image)
-    sides = torch.tensor([image.width, image.height] * 2, dtype=torch.float32)
-    resized = torch.tensor([pixels.shape[2], pixels.shape[1]] * 2, dtype=torch.float32)
-    found = (boxes.as_subclass(torch.Tensor) * (resized / sides)).clamp(min=torch.zeros(4), max=resized)
-    area = (found[:, 2:] > found[:, :2]).all(1)
-    labels = torch.from_numpy(record.box_labels[kept])
-    return {"image": torch.from_numpy(np.ascontiguousarray(pixels)), "boxes": found[area], "labels": labels[area]}
+    targets = placed(boxes.as_subclass(torch.Tensor), labels, image.size, pixels.shape[:0:-1])
+    return {"image": torch.from_numpy(np.ascontiguousarray(pixels)), **targets}

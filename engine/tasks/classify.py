@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,16 +14,22 @@ from engine.decode import decode
 from engine.images import Record
 from engine.inputs import Input, Pixels
 from engine.schema import MAX_PIXELS, InputError
-from engine.tasks import Prediction, Result, Task
+from engine.tasks import Calculus, Prediction, Result, Target, Task
 from engine.tasks.accuracy import accuracy
 from engine.tasks.augment import Augment, build_augment, mix
 from engine.tasks.classifier import Classifier, build_classifier, norms_of, rates_of
+from engine.tasks.heads import parameters_of
 from engine.tasks.setup import Setup
 from engine.verbs import ClassifyOptions
 
 Example = tuple[torch.Tensor, int]
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Images (r, 3, height, width) float32, normalised; labels (r,) int64, or, where images are mixed, (r, classes) float32."""
+
+EXPECTED_CLASSES = 10
+"""Classes that an expected loss takes in. Over all classes its gradient is 0: that of the softmax's own cross entropy."""
+CALCULUS = Calculus("all", restarts=4, steps=250, scale=1e4, scales={"head": 1e4}, batched=True)
+"""ISAL's for classifiers (Liu et al., ICCV 2021)."""
 
 
 @dataclass
@@ -39,6 +45,7 @@ class Classify:
     augment: Augment
     column: str = "probs"
     criterion: str = "top1"
+    calculus: Calculus = field(default_factory=lambda: CALCULUS)
 
     def build(self, pretrained: bool) -> torch.nn.Module:
         """Return the classifier: its head is new, unless the weights are a checkpoint's with the same classes."""
@@ -84,14 +91,46 @@ class Classify:
         smoothing = 0.0 if labels.is_floating_point() else self.training.label_smoothing
         return torch.nn.functional.cross_entropy(model(images).float(), labels, label_smoothing=smoothing)
 
-    def predict(self, model: torch.nn.Module, pixels: Pixels, sizes: Ints) -> list[Prediction]:
-        """Return each image's probabilities."""
+    def _images(self, model: torch.nn.Module, pixels: Pixels) -> torch.Tensor:
         device = next(model.parameters()).device
         mean, std = (255 * torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (self.mean, self.std))
+        return torch.from_numpy(pixels).to(device, non_blocking=True).float().sub_(mean).div_(std)
+
+    def predict(self, model: torch.nn.Module, pixels: Pixels, sizes: Ints) -> list[Prediction]:
+        """Return each image's probabilities."""
         with torch.inference_mode():
-            images = torch.from_numpy(pixels).to(device, non_blocking=True).float().sub_(mean).div_(std)
-            probabilities = model(images).float().softmax(dim=1).cpu().numpy()
+            probabilities = model(self._images(model, pixels)).float().softmax(dim=1).cpu().numpy()
         return list(probabilities)
+
+    def heads(self, model: torch.nn.Module) -> dict[str, tuple[str, ...]]:
+        """Return the linear layer's parameters: one group."""
+        return {"head": parameters_of(model, ["head"])}
+
+    def targets(self, records: Sequence[Record], sizes: Ints) -> list[Target]:
+        """Return the labels."""
+        return [record.label for record in records]
+
+    def pseudo(
+        self, model: torch.nn.Module, pixels: Pixels, sizes: Ints, expected: bool, least_score: float
+    ) -> list[Target | None]:
+        """Return the likeliest class of each image, or the ten likeliest by their renormalised probabilities."""
+        probabilities = np.array(self.predict(model, pixels, sizes), dtype=np.float32)
+        if not expected:
+            return list(probabilities.argmax(axis=1).tolist())
+        lowest = np.argsort(-probabilities, axis=1, kind="stable")[:, EXPECTED_CLASSES:]
+        np.put_along_axis(probabilities, lowest, 0, axis=1)
+        return list(torch.from_numpy(probabilities / probabilities.sum(axis=1, keepdims=True)))
+
+    def losses(
+        self, model: torch.nn.Module, pixels: Pixels, sizes: Ints, targets: Sequence[Target], keys: Sequence[int]
+    ) -> torch.Tensor:
+        """Return each image's cross entropy, without the label smoothing of training.
+
+        That of several classes by their probabilities is the expected loss over them.
+        """
+        logits = model(self._images(model, pixels)).float()
+        wanted = torch.stack(list(targets)) if isinstance(targets[0], torch.Tensor) else torch.tensor(list(targets))
+        return torch.nn.functional.cross_entropy(logits, wanted.to(logits.device), reduction="none")
 
     def measure(self, predictions: Sequence[Prediction], records: Sequence[Record]) -> list[Result]:
         """Return accuracies in percent."""

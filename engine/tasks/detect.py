@@ -16,11 +16,12 @@ from engine.images import Record
 from engine.inputs import Input, Pixels
 from engine.places import Place
 from engine.schema import MAX_PIXELS, InputError
-from engine.tasks import Prediction, Result, Task
-from engine.tasks.boxes import Example, make_example
+from engine.tasks import Calculus, Prediction, Result, Target, Task
+from engine.tasks.boxes import Example, corners_of, make_example, placed
 from engine.tasks.canvas import CanvasInput
 from engine.tasks.coco import box_ap
 from engine.tasks.detectors import PRETRAINED, Kind, build_detector, canvas_of, kind_of
+from engine.tasks.heads import detector_calculus, detector_heads, giving_losses
 from engine.tasks.setup import WEIGHTS, Setup, starting_checkpoint
 from engine.verbs import DetectOptions
 from engine.weights import read_state
@@ -38,6 +39,7 @@ class Detect:
     kind: Kind
     canvas: CanvasInput
     input: Input
+    calculus: Calculus
     column: str = "detections"
     criterion: str = "AP"
 
@@ -119,6 +121,44 @@ class Detect:
                     found[at] = self._stored(boxes, image.shape[2] / sizes[at, 0], image.shape[1] / sizes[at, 1])
         return [found[at] for at in range(len(sizes))]
 
+    def heads(self, model: torch.nn.Module) -> dict[str, tuple[str, ...]]:
+        """Return the parameters of the last layer of each of the head's outputs."""
+        return detector_heads(model, self.kind.head)
+
+    def _targets(self, boxes: torch.Tensor, labels: torch.Tensor, size: Sequence[int]) -> dict[str, torch.Tensor]:
+        tall, wide = self.canvas.shape(*size)
+        return placed(boxes, labels + self.kind.offset, size, (wide, tall))
+
+    def targets(self, records: Sequence[Record], sizes: Ints) -> list[Target]:
+        """Return the boxes that were drawn, but for crowds; an image may have none: it is all background."""
+        return [self._targets(*corners_of(record), size) for record, size in zip(records, sizes.tolist(), strict=True)]
+
+    def pseudo(
+        self, model: torch.nn.Module, pixels: Pixels, sizes: Ints, expected: bool, least_score: float
+    ) -> list[Target | None]:
+        """Return the boxes that the model finds of `least_score` and more; None where there is none."""
+        found: list[Target | None] = []
+        for boxes, size in zip(self.predict(model, pixels, sizes), sizes.tolist(), strict=True):
+            sure = torch.from_numpy(boxes[boxes[:, 4] >= least_score])
+            corners = torch.cat([sure[:, :2], sure[:, :2] + sure[:, 2:4]], dim=1)
+            target = self._targets(corners, sure[:, 5].long(), size)
+            found.append(target if len(target["labels"]) else None)
+        return found
+
+    def losses(
+        self, model: torch.nn.Module, pixels: Pixels, sizes: Ints, targets: Sequence[Target], keys: Sequence[int]
+    ) -> torch.Tensor:
+        """Return the sum of the detector's losses for each image, taken alone: torchvision averages over a batch's boxes."""
+        device = next(model.parameters()).device
+        losses = []
+        for own, size, target, key in zip(pixels, sizes.tolist(), targets, keys, strict=True):
+            image = torch.from_numpy(np.ascontiguousarray(self.canvas.cut(own, *size))).to(device).float() / 255
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), giving_losses(model):
+                torch.manual_seed(key)
+                found: dict[str, torch.Tensor] = model([image], [{name: value.to(device) for name, value in target.items()}])
+            losses.append(torch.stack(list(found.values())).sum())
+        return torch.stack(losses)
+
     def _stored(self, boxes: dict[str, torch.Tensor], scale_x: float, scale_y: float) -> Prediction:
         """Return a model's boxes of one image as (m, 6), best first, by its scale in both directions."""
         corners = boxes["boxes"].cpu().double().numpy() / [scale_x, scale_y, scale_x, scale_y]
@@ -144,4 +184,5 @@ def build(setup: Setup) -> Task:
             f"option lr is 0 and backbone_lr {training.backbone_lr}: rates are relative to lr, which must be positive"
         )
     canvas = canvas_of(setup)
-    return Detect(setup, training, kind_of(setup.model), canvas, canvas)
+    kind = kind_of(setup.model)
+    return Detect(setup, training, kind, canvas, canvas, detector_calculus(kind.head))

@@ -13,6 +13,7 @@ from engine.verbs.features import (
     ImportOptions,
     SelectOptions,
 )
+from engine.verbs.scoring import SCORING, InfluenceOptions, SimilarityOptions, StabilityOptions
 from engine.verbs.shared import MeasureOptions, PoolOptions, PreprocessingOptions
 from engine.verbs.training import (
     ClassifyOptions,
@@ -23,6 +24,7 @@ from engine.verbs.training import (
 )
 
 __all__ = [
+    "SCORING",
     "ClassifyOptions",
     "CompareOptions",
     "DedupOptions",
@@ -32,10 +34,13 @@ __all__ = [
     "EvaluateOptions",
     "FinetuneOptions",
     "ImportOptions",
+    "InfluenceOptions",
     "MeasureOptions",
     "PoolOptions",
     "PredictOptions",
     "PreprocessingOptions",
     "SelectOptions",
+    "SimilarityOptions",
+    "StabilityOptions",
     "TrainingOptions",
 ]

@@ -47,7 +47,7 @@ class EmbedOptions(PoolOptions, PreprocessingOptions, ActorOptions):
     checkpoint: Annotated[
         str | None,
         Opt(
-            "Folder that finetune wrote: its backbone and preprocessing instead; `probs` and `detections` need it.",
+            "Folder that finetune wrote: its backbone and preprocessing instead; all that reads a trained model needs it.",
             metavar="DIR",
             result=False,
         ),
@@ -70,6 +70,24 @@ class EmbedOptions(PoolOptions, PreprocessingOptions, ActorOptions):
     pattern_metric: Annotated[
         str, Opt("`patterns`: how local features are clustered; GEAL v1: cosine.", choices=("euclidean", "cosine"))
     ] = "euclidean"
+    reference: Annotated[
+        str | None,
+        Opt(
+            "`influence`, `gradient_similarity`: labelled pool whose loss is to fall. Default: what finetune --hold-out kept.",
+            metavar="POOL",
+            result=False,
+        ),
+    ] = None
+    reference_labels: Annotated[str | None, Opt("Labels of --reference, apart from it.", result=False)] = None
+    encoder_option: Annotated[
+        tuple[str, ...],
+        Opt(
+            "Option of `influence`, `gradient_similarity`, `stability`: see `coresift encoders`. Repeatable.",
+            metavar="NAME=VALUE",
+            result=False,
+            repeat=True,
+        ),
+    ] = ()
     seed: Seed = 0
     batch_size: Annotated[
         int | None, Opt("Images in a batch of the encoder. Default: 16 on a CPU, 256 on a GPU.", min=1, max=65536)

@@ -154,6 +154,15 @@ class FinetuneOptions(PoolOptions, PreprocessingOptions):
             result=False,
         ),
     ] = None
+    hold_out: Annotated[
+        str | None,
+        Opt(
+            "Labelled images to keep from training, a share or a count, by a seeded draw: OUT/heldout, the reference set of "
+            "`embed --encoder influence`.",
+            metavar="10%|COUNT",
+            result=False,
+        ),
+    ] = None
     test: Annotated[str | None, Opt("Labelled pool to evaluate on.", metavar="POOL", result=False)] = None
     test_split: Annotated[str | None, Opt("datasets, VOC: which split of --test. Default: train, trainval.", result=False)] = (
         None
