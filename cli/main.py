@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from cli import output
+from cli import listings, output
 from cli.options import no_options, verb
 from engine import session
-from engine.schema import InputError, Opt, RunError, fields_of, nearest
+from engine.schema import InputError, Opt, RunError, nearest
 from engine.verbs import (
     CompareOptions,
     DedupOptions,
@@ -22,16 +22,15 @@ from engine.verbs import (
     FinetuneOptions,
     ImportOptions,
     PredictOptions,
-    PreprocessingOptions,
+    RoundsOptions,
     SelectOptions,
 )
 
 UsageError = typer.BadParameter.__mro__[1]
 """Typer's own error for a command line that cannot be parsed."""
 
-INPUTS = [field.name for field in fields_of(PreprocessingOptions)]
-"""How a network's images are prepared."""
-
+WAITING = 3
+"""Exit code of rounds that wait for labels: neither done nor failed."""
 INTERRUPTED = 130
 """What typer returns for Ctrl-C."""
 
@@ -48,14 +47,14 @@ app = typer.Typer(
 class InfoOptions:
     """Describe a folder that coresift wrote, finished or not, or a pool of images."""
 
-    path: Annotated[str, Opt("Features, selection, checkpoint, metrics, comparison, or a pool.", positional=True)]
+    path: Annotated[str, Opt("Features, selection, checkpoint, metrics, comparison, rounds, or a pool.", positional=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
     """Check that the files of a published folder, and of those below it, are as they were written."""
 
-    path: Annotated[str, Opt("Features, selection, checkpoint, metrics or comparison.", positional=True)]
+    path: Annotated[str, Opt("Features, selection, checkpoint, metrics, comparison or rounds.", positional=True)]
 
 
 class Session:
@@ -226,6 +225,33 @@ def _say_comparison(command: str, out: str, manifest: dict[str, Any], ui: Sessio
     output.say(f"{out}: {manifest['num_cells']} selections compared{' (done before)' if ui.is_old(manifest) else ''}")
 
 
+def _rounds(options: RoundsOptions, flags: dict[str, bool]) -> None:
+    from engine.oracles import Waiting
+    from engine.rounds import rounds
+
+    ui = Session(flags)
+    found = rounds(options, ui.watch)
+    if isinstance(found, Waiting):
+        place, count = found.place.uri, found.num_images
+        facts = {"command": "rounds", "out": options.out, "state": "waiting", "round": found.number, "num_images": count}
+        ui.result(
+            {**facts, "folder": place},
+            f"{count:,} images await labels ({place}/to_label.csv): put labels.csv (id,label) or COCO labels.json into {place} "
+            "and run the same command again",
+        )
+        raise typer.Exit(WAITING)
+    done, table = ui.is_old(found), found["table"]
+    keys = ("strategy", "seed", "rounds", "criterion", "table")
+    ui.watch.close()
+    if not ui.json:
+        output.rounds_table(options.out, found["criterion"], table)
+    ui.result(
+        {"command": "rounds", "out": options.out, "already_done": done, **{key: found[key] for key in keys}},
+        f"{options.out}: {'done before, ' if done else ''}{found['rounds']} rounds by {found['strategy']}, "
+        f"{table[-1]['labeled']:,} labels",
+    )
+
+
 def _info(options: InfoOptions, flags: dict[str, bool]) -> None:
     from engine.info import describe
 
@@ -262,59 +288,6 @@ def _verify(options: VerifyOptions, flags: dict[str, bool]) -> None:
         )
 
 
-def _strategies(options: Any, flags: dict[str, bool]) -> None:
-    """List the strategies, what they read, and their options."""
-    from engine.select import describe_strategies
-
-    found = describe_strategies()
-    if flags["json"]:
-        output.print_json({"strategies": found})
-        return
-    for strategy in found:
-        nested = "; nested: smaller budgets are prefixes" if strategy["nested"] else ""
-        output.say(f"{strategy['name']}: {strategy['summary']} (reads {', '.join(strategy['reads']) or 'nothing'}{nested})")
-        for option in strategy["options"]:
-            output.say(f"    --option {option['name']}={option['default']}  {option['help']}")
-
-
-def _recipes(options: Any, flags: dict[str, bool]) -> None:
-    """List the training recipes, where they come from, and all training options."""
-    from engine.recipes import describe_options, describe_recipes, option_text
-
-    recipes, options_of = describe_recipes(), describe_options()
-    if flags["json"]:
-        output.print_json({"recipes": recipes, "training_options": options_of})
-        return
-    for recipe in recipes:
-        output.say(f"{recipe['name']}: {recipe['summary']} ({recipe['task']}: {recipe['model']}, weights {recipe['weights']})")
-        inputs = [f"{name} {option_text(recipe[name])}" for name in INPUTS if name in recipe]
-        told = [recipe["source"], *recipe["notes"], "inputs: " + ", ".join(inputs)]
-        told += [" ".join(f"{name}={option_text(value)}" for name, value in recipe["options"].items())]
-        for line in told:
-            output.say(f"    {line}")
-    for task, declared in options_of.items():
-        output.say("\ntraining options of every task" if task == "all" else f"\n{task} only")
-        for option in declared:
-            choices = f" ({', '.join(option['choices'])})" if option["choices"] else ""
-            output.say(f"    --option {option['name']}={option_text(option['default'])}  {option['help']}{choices}")
-
-
-def _encoders(options: Any, flags: dict[str, bool]) -> None:
-    """List the encoders."""
-    from engine.encoders import encoder_help, encoder_options
-    from engine.recipes import option_text
-
-    options_of = encoder_options()
-    if flags["json"]:
-        output.print_json({"encoders": encoder_help(), "encoder_options": options_of})
-        return
-    for name, text in encoder_help().items():
-        output.say(f"{name}: {text}")
-        for option in options_of.get(name, ()):
-            choices = f" ({', '.join(option['choices'])})" if option["choices"] else ""
-            output.say(f"    --encoder-option {option['name']}={option_text(option['default'])}  {option['help']}{choices}")
-
-
 VERBS: dict[str, tuple[type[Any], Any]] = {
     "embed": (EmbedOptions, _embed),
     "import": (ImportOptions, _import),
@@ -324,11 +297,12 @@ VERBS: dict[str, tuple[type[Any], Any]] = {
     "predict": (PredictOptions, _predict),
     "evaluate": (EvaluateOptions, _evaluate),
     "compare": (CompareOptions, _compare),
+    "rounds": (RoundsOptions, _rounds),
     "info": (InfoOptions, _info),
     "verify": (VerifyOptions, _verify),
-    "strategies": (no_options(), _strategies),
-    "encoders": (no_options(), _encoders),
-    "recipes": (no_options(), _recipes),
+    "strategies": (no_options(), listings.strategies),
+    "encoders": (no_options(), listings.encoders),
+    "recipes": (no_options(), listings.recipes),
     "demo": (DemoOptions, _demo),
 }
 
@@ -359,7 +333,7 @@ def _usage(failure: Exception) -> str:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command; return the exit code: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted."""
+    """Run one command; return the exit code: 0 done, 1 failed, 2 wrong usage or input, 3 waiting, 130 interrupted."""
     try:
         code = int(app(arguments or ["--help"], prog_name="coresift", standalone_mode=False) or 0)
         if code == INTERRUPTED:

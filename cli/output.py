@@ -18,6 +18,8 @@ from engine.masks import masked
 
 SHOW_AFTER_S = 2.0
 LINE_EVERY_S = 10.0
+EACH = ("rounds",)
+"""Stages whose every step is told where no terminal shows it: they are few, and long."""
 
 
 class RateAndRest(ProgressColumn):
@@ -60,7 +62,7 @@ class Watcher:
             return
         if self.console.is_terminal:
             self._draw(stage, done, total, note, began, base)
-        elif now - self.last_line >= LINE_EVERY_S:
+        elif now - self.last_line >= LINE_EVERY_S or stage in EACH:
             self.last_line = now
             counts = f"{done:,} of {total:,}" if total else f"{done:,}"
             words = [f"{stage}: {counts}", rate_and_rest(done - base, total - done, now - began), note]
@@ -140,6 +142,17 @@ def metrics_table(title: str, metrics: list[dict[str, Any]]) -> None:
     """Print [{metric, value, note}] in their order."""
     rows = [[m["metric"], number(m["value"], digits_of(m["metric"])), m["note"]] for m in metrics]
     table(title, ["metric", "value", "what"], rows, figures=1)
+
+
+def rounds_table(title: str, criterion: str, rounds: list[dict[str, Any]]) -> None:
+    """Print a row for each round: labels paid for, images trained on, the metrics (the one that counts first), seconds."""
+    names = list(dict.fromkeys([criterion, *(m["metric"] for found in rounds for m in found["metrics"])]))
+    lines = []
+    for found in rounds:
+        values = {m["metric"]: m["value"] for m in found["metrics"]}
+        shown = [number(values.get(name), digits_of(name)) for name in names]
+        lines.append([str(found["round"]), f"{found['labeled']:,}", f"{found['trained']:,}", *shown, number(found["seconds"])])
+    table(title, ["round", "labels", "trained on", *names, "seconds"], lines)
 
 
 def comparison_tables(rows: list[dict[str, Any]]) -> None:

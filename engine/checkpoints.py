@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from engine.folders import digest_of, read_manifest, read_run
+from engine.folders import LET_GO, digest_of, read_manifest, read_run
 from engine.places import Place
 from engine.schema import InputError
 from engine.tasks import Setup, Task, build_task, setup_from
@@ -48,7 +48,10 @@ class Checkpoint:
             raise InputError(
                 f"{self.place.uri} has no weights of a best evaluation, as it was trained without --test: leave out --best"
             )
-        return BEST if best else WEIGHTS
+        name = BEST if best else WEIGHTS
+        if name in self.manifest.get(LET_GO, ()):
+            raise InputError(f"{self.place.uri}/{name} was let go by `coresift rounds`: --keep-models all keeps every round's")
+        return name
 
     def digest(self, best: bool = False) -> str:
         """Return what tells these weights and their setup from others, wherever the folder lies."""

@@ -24,19 +24,19 @@ from engine.folders import Claim, publish
 from engine.nearest import nearest, nearest_sqdist
 from engine.placement import open_shards
 from engine.places import Place
+from engine.probe import accuracy, train_head
 from engine.schema import InputError, Progress, no_progress, result_options
 from engine.select import read_selection
 from engine.shards import Shards
 from engine.store import FeatureStore
 from engine.verbs import EvaluateOptions, MeasureOptions
 
-LINEAR_RATE, LINEAR_BATCH = 0.01, 128
 EMD_KEY = 7
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Normalised vectors (n, d) float32 and their labels (n,)."""
+    """Vectors (n, d) float32, normalised where nothing else is said, and their labels (n,)."""
 
     x: torch.Tensor
     y: Ints
@@ -46,7 +46,7 @@ Result = tuple[str, float | None, str]
 """(metric, value, note); the value is None where the metric is not defined, and the note says why."""
 
 
-def read_test(uri: str, store: FeatureStore) -> Labelled:
+def read_test(uri: str, store: FeatureStore, normalized: bool = True) -> Labelled:
     """Open a labelled test store; raises InputError when its dimension, classes or labels don't fit `store`."""
     test = FeatureStore.of_vectors(uri)
     if test.dim != store.dim:
@@ -55,7 +55,8 @@ def read_test(uri: str, store: FeatureStore) -> Labelled:
         raise InputError(f"{uri} and {store.place.uri} don't have the same classes: {test.class_names} and {store.class_names}")
     if (test.labels < 0).any():
         raise InputError(f"{uri} has {int((test.labels < 0).sum())} images without a label: a test store has one for each")
-    return Labelled(normalize(torch.from_numpy(test.vectors())), test.labels)
+    x = torch.from_numpy(test.vectors())
+    return Labelled(normalize(x) if normalized else x, test.labels)
 
 
 def knn_accuracy(train: Labelled, test: Labelled, k: int) -> float:
@@ -84,30 +85,9 @@ def knn_accuracy(train: Labelled, test: Labelled, k: int) -> float:
 
 
 def linear_accuracy(train: Labelled, test: Labelled, epochs: int, seed: int) -> float:
-    """Return the last epoch's test accuracy, in percent, of one linear layer on normalised features.
-
-    Adam, rate 0.01, batch 128, x0.1 at half and three quarters of the epochs (100 in the paper, Pourahmadi et al.
-    2021), no weight decay. Deviation: stored features, so no augmentation.
-    """
+    """Return the test accuracy, in percent, of one linear layer on normalised features after its last epoch (`probe`)."""
     classes = int(max(train.y.max(), test.y.max())) + 1
-    generator = torch.Generator().manual_seed(seed)
-    head = torch.nn.Linear(train.x.shape[1], classes)
-    bound = train.x.shape[1] ** -0.5
-    with torch.no_grad():
-        head.weight.uniform_(-bound, bound, generator=generator)
-        head.bias.uniform_(-bound, bound, generator=generator)
-    optimizer = torch.optim.Adam(head.parameters(), lr=LINEAR_RATE)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [epochs // 2, epochs * 3 // 4], gamma=0.1)
-    labels = torch.from_numpy(train.y)
-    for _ in range(epochs):
-        for batch in torch.split(torch.randperm(len(labels), generator=generator), LINEAR_BATCH):
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(head(train.x[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        schedule.step()
-    with torch.inference_mode():
-        found = head(test.x).argmax(dim=1).numpy()
-    return 100 * float((found == test.y).mean())
+    return accuracy(train_head(train.x, train.y, classes, epochs, seed), test.x, test.y)
 
 
 def _distances(block: Block, picks: npt.NDArray[np.float32]) -> tuple[int, float, float]:

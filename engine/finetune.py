@@ -70,26 +70,32 @@ class Data:
 
 def _read(options: FinetuneOptions) -> tuple[Data, Data | None]:
     """Return the data to train on and to test on; raises InputError for what can't be read, or is the same."""
-    columns = columns_of(options)
     with reached(options.pool):
-        pool = open_pool(options.pool, columns)
+        pool = open_pool(options.pool, columns_of(options))
         chosen = read_chosen(options.selection, pool)
     kept, held = hold_out(chosen, parse_hold_out(options.hold_out, len(chosen.rows)), options.seed)
     train = Data(pool, kept, _labels(options.labels, pool, chosen, pool.class_names, options), held)
+    return train, read_test(options, pool, train.class_names)
+
+
+def read_test(options: FinetuneOptions, pool: Pool, class_names: Sequence[str] | None) -> Data | None:
+    """Return what --test names, None where it names nothing; `class_names` are what its labels must be of, if known.
+
+    Raises InputError for what can't be read, or is the pool itself.
+    """
     if options.test is None:
         if options.test_labels is not None or options.test_split is not None:
             raise InputError("--test-labels and --test-split are of a --test pool: give it, too")
-        return train, None
+        return None
     with reached(options.test):
-        test = open_pool(options.test, replace(columns, split=options.test_split))
+        test = open_pool(options.test, replace(columns_of(options), split=options.test_split))
     if test.digest == pool.digest:
         raise InputError(
             f"--test {test.uri!r} is the pool itself: the metrics would be of images trained on. Give another, or name its "
             "split with --test-split"
         )
     every = read_chosen("all", test)
-    labels = _labels(options.test_labels, test, every, train.class_names or test.class_names, options)
-    return train, Data(test, every, labels)
+    return Data(test, every, _labels(options.test_labels, test, every, class_names or test.class_names, options))
 
 
 def _labels(
@@ -101,7 +107,7 @@ def _labels(
         return read_labels(uri, pool, chosen, class_names, options.id_column, options.label_column)
 
 
-def _check(options: FinetuneOptions, setup: Setup, num_images: int) -> None:
+def check(options: FinetuneOptions, setup: Setup, num_images: int) -> None:
     """Raise InputError for options that don't go together, before anything is built."""
     training = setup.training
     check_split(training.batch_size, options.workers, training.accumulate)
@@ -111,7 +117,7 @@ def _check(options: FinetuneOptions, setup: Setup, num_images: int) -> None:
     rate_of(training, order.steps_per_epoch, order.total_steps)
 
 
-def _try(setup: Setup) -> None:
+def try_model(setup: Setup) -> None:
     """Build the model and its optimiser once: a wrong name, option or file of weights is one error and claims no folder.
 
     A GPU's memory and the workers' are not touched. Global generators stay as they were.
@@ -135,12 +141,16 @@ def _weights_digest(setup: Setup) -> str | None:
     return sha256_of(place)
 
 
-def _claim(options: FinetuneOptions, setup: Setup, train: Data, test: Data | None) -> Claim:
-    """Return the claim on OUT: all that decides what comes out."""
+def identity_of(setup: Setup) -> tuple[dict[str, Any], str | None]:
+    """Return what a setup says, JSON-ready, its classes aside, and the digest of the weights where they are a file."""
     digest = _weights_digest(setup)
     told = {key: value for key, value in setup.to_json().items() if key != "class_names"}
-    if digest is not None:
-        told["weights"] = "file"
+    return told if digest is None else {**told, "weights": "file"}, digest
+
+
+def _claim(options: FinetuneOptions, setup: Setup, train: Data, test: Data | None) -> Claim:
+    """Return the claim on OUT: all that decides what comes out."""
+    told, digest = identity_of(setup)
     inputs = {"train": train.inputs(), "test": test.inputs() if test is not None else None, "weights": digest}
     kept = {key: value for key, value in result_options(options).items() if key not in (*RESOLVED, *told)}
     weights = setup.weights if digest is not None else None
@@ -165,7 +175,7 @@ def _gather(
     names = images.class_names or tuple(str(label) for label in range(most + 1))
     setup = replace(setup, class_names=names)
     if names != (train.class_names or UNKNOWN):
-        _try(setup)
+        try_model(setup)
     if test is None:
         return setup, images, None
     known = names if train.class_names is not None and test.class_names is not None else None
@@ -261,14 +271,14 @@ def finetune(options: FinetuneOptions, progress: Progress = no_progress) -> dict
     """
     setup = resolve(options)
     train, test = _read(options)
-    _check(options, setup, len(train.chosen.rows))
+    check(options, setup, len(train.chosen.rows))
     with reached(options.out):
         claim = _claim(options, setup, train, test)
         published = claim.published()
         if published is not None:
             _tidy(claim.place)
             return published
-    _try(replace(setup, class_names=train.class_names or UNKNOWN))
+    try_model(replace(setup, class_names=train.class_names or UNKNOWN))
     began = time.perf_counter()
     with reached(options.out, KEPT):
         claim.take()

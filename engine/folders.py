@@ -27,6 +27,8 @@ FORMAT = 1
 """Version of the folder layout; a store of another version is refused by name."""
 BOOKKEEPING = ("run.json", "manifest.json", "journal.npz")
 """Files of a folder that are about the run, not what it gave."""
+LET_GO = "let_go"
+"""What a manifest calls the files that were deleted since: the weights of models that nobody needs any more."""
 CHUNK_BYTES = 1 << 22
 
 
@@ -196,3 +198,12 @@ def publish(place: Place, facts: dict[str, Any]) -> dict[str, Any]:
     place.at("manifest.json").write(to_json(manifest))
     result: dict[str, Any] = json.loads(to_json(manifest))
     return result
+
+
+def let_go(place: Place, name: str) -> None:
+    """Delete a large file of a published folder, once its manifest says that it was: `let_go` names it, `files` still does."""
+    manifest = read_manifest(place)
+    assert manifest is not None
+    gone = sorted({*manifest.get(LET_GO, ()), name})
+    place.at("manifest.json").write(to_json({**manifest, LET_GO: gone}))
+    place.fs.delete_file(place.at(name).path)

@@ -30,7 +30,10 @@ SHOWN = {
     "metrics": ("metrics",),
     "comparison": ("num_cells", "options"),
     "images": ("num_images", "class_names"),
-    "checkpoint": ("model", "metrics", "steps", "epochs", "num_images", "num_held_out"),
+    "checkpoint": ("model", "metrics", "steps", "epochs", "num_images", "num_held_out", "let_go"),
+    "head": ("metrics", "num_images", "num_classes", "let_go"),
+    "round": ("round", "labeled", "trained", "metrics", "seconds", "num_labels_unused", "let_go"),
+    "rounds": ("strategy", "seed", "start", "add", "rounds", "criterion", "table"),
 }
 """What is told of each kind of folder, beside its state, digest, versions and times."""
 
@@ -50,6 +53,10 @@ def _unfinished(place: Place, begun: dict[str, Any]) -> dict[str, Any]:
         num_rows = begun["inputs"].get("pool", {}).get("num_rows")
         if num_rows is not None:
             facts["num_rows"], facts["parts_missing"] = num_rows, -(-num_rows // part_rows(num_rows)) - len(parts)
+    if begun["kind"] == "rounds":
+        facts["rounds_done"] = sum(
+            read_manifest(place.at(name)) is not None for name in place.names() if name.startswith("round-")
+        )
     return facts
 
 

@@ -6,7 +6,7 @@ the rest is counted. Not even class names are taken from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -36,6 +36,8 @@ ID, LABEL = ("id", "file_name", "path", "uri"), ("label", "labels", "class", "ca
 """The usual names of the two columns."""
 LINES = (".jsonl", ".ndjson")
 """Files with a JSON object a line."""
+LABEL_FILES = (".json", ".csv", ".tsv", *sorted(TABLES), *LINES)
+"""Endings of the files that labels are read from; .json is COCO."""
 
 
 @dataclass(frozen=True)
@@ -81,36 +83,60 @@ class _Said:
     shown: list[str]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Whose labels are wanted: the images' names, in their order, and `every`, the ids of all that there are, in batches.
+
+    `by_row`: images are called by their rows' numbers.
+    """
+
+    names: list[str]
+    every: Callable[[], Iterable[pa.Array]]
+    by_row: bool = False
+
+
 def read_labels(
     uri: str, pool: Pool, chosen: Chosen, class_names: Sequence[str] | None, id_column: str | None, label_column: str | None
 ) -> Labels:
-    """Read what a file says of the chosen images: COCO (.json; file names are the ids), or a table with ids and labels.
+    """Read what a file says of the chosen images of a pool, as `read_asked`.
 
-    A table is CSV, TSV, Parquet, Arrow or JSON lines; boxes are in its `objects`, as in the Hugging Face convention. Ids
-    are the pool's, or the rows' numbers where the selection calls images that. `class_names` are those that labels must
-    be of, by name or number; without them names become classes in their order.
+    Ids are the pool's, or the rows' numbers where the selection calls images that.
+    """
 
-    Raises InputError for a file that is neither, or says nothing of any chosen image; for an image with two labels, and a
+    def numbers() -> Iterator[pa.Array]:
+        starts = range(0, pool.num_rows, LISTING_ROWS)
+        return (row_names(start, min(LISTING_ROWS, pool.num_rows - start)) for start in starts)
+
+    if not Place(uri).exists():
+        raise InputError(f"--labels {uri!r} does not exist")
+    every = numbers if chosen.by_row else lambda: ids_of(pool)
+    return read_asked(uri, Asked(names_of(chosen, pool), every, chosen.by_row), class_names, id_column, label_column)
+
+
+def read_asked(
+    uri: str, asked: Asked, class_names: Sequence[str] | None, id_column: str | None, label_column: str | None
+) -> Labels:
+    """Read what a file says of some images: COCO (.json; file names are the ids), or a table with ids and labels.
+
+    A table is CSV, TSV, Parquet, Arrow or JSON lines; boxes are in its `objects`, as in the Hugging Face convention.
+    `class_names` are those that labels must be of, by name or number; without them names become classes in their order.
+
+    Raises InputError for a file that is neither, or says nothing of any of the images; for an image with two labels, and a
     class that is not among those. An image without an entry is the business of who needs one.
     """
     place = Place(uri)
-    if not place.exists():
-        raise InputError(f"--labels {uri!r} does not exist")
-    names = names_of(chosen, pool)
     suffix = suffix_of(place.path)
     if suffix == ".json":
-        return _of_coco(place, names, pool, chosen, class_names)
-    if suffix not in (*TABLES, *LINES, ".csv", ".tsv"):
-        allowed = ", ".join((".csv", ".tsv", *sorted(TABLES), *LINES))
-        raise InputError(f"--labels {uri!r} is neither COCO (.json) nor a table ({allowed})")
-    return _of_table(place, names, pool, chosen, class_names, id_column, label_column)
+        return _of_coco(place, asked, class_names)
+    if suffix not in LABEL_FILES:
+        raise InputError(f"--labels {uri!r} is neither COCO (.json) nor a table ({', '.join(LABEL_FILES[1:])})")
+    return _of_table(place, asked, class_names, id_column, label_column)
 
 
-def _unknown_to(pool: Pool, others: npt.NDArray[np.uint64], by_row: bool) -> int:
-    """Return how many different ids, by their hashes, are not the pool's: one pass over its ids, where there are any."""
-    left, starts = np.unique(others), range(0, pool.num_rows, LISTING_ROWS)
-    numbers = (row_names(start, min(LISTING_ROWS, pool.num_rows - start)) for start in starts)
-    for some in (numbers if by_row else ids_of(pool)) if len(left) else ():
+def _unknown_to(asked: Asked, others: npt.NDArray[np.uint64]) -> int:
+    """Return how many different ids, by their hashes, are of no image: one pass over all ids, where there are any."""
+    left = np.unique(others)
+    for some in asked.every() if len(left) else ():
         left = left[~np.isin(left, hashes(some))]
         if not len(left):
             break
@@ -125,9 +151,9 @@ def _check_some(place: Place, found: int, shown: Sequence[str], names: Sequence[
         )
 
 
-def _of_coco(place: Place, names: list[str], pool: Pool, chosen: Chosen, class_names: Sequence[str] | None) -> Labels:
-    found = read_annotations(place, frozenset(names))
-    _check_some(place, len(found.images), found.others, names)
+def _of_coco(place: Place, asked: Asked, class_names: Sequence[str] | None) -> Labels:
+    found = read_annotations(place, frozenset(asked.names))
+    _check_some(place, len(found.images), found.others, asked.names)
     ids = pa.array([image["file_name"] for image in found.images], pa.string())
     boxes, theirs = found.boxes, found.class_names
     if class_names and tuple(class_names) != theirs:
@@ -140,9 +166,9 @@ def _of_coco(place: Place, names: list[str], pool: Pool, chosen: Chosen, class_n
         boxes,
         theirs or None,
         len(others),
-        _unknown_to(pool, others, chosen.by_row),
+        _unknown_to(asked, others),
         {reason: found.left_out[reason] for reason in LEFT_OUT},
-        chosen.by_row,
+        asked.by_row,
     )
 
 
@@ -161,13 +187,7 @@ def _json_lines(place: Place) -> pa.Table:
 
 
 def _of_table(
-    place: Place,
-    names: list[str],
-    pool: Pool,
-    chosen: Chosen,
-    class_names: Sequence[str] | None,
-    id_column: str | None,
-    label_column: str | None,
+    place: Place, asked: Asked, class_names: Sequence[str] | None, id_column: str | None, label_column: str | None
 ) -> Labels:
     lines = _json_lines(place) if suffix_of(place.path) in LINES else None
     schema = schema_of(place) if lines is None else lines.schema
@@ -176,8 +196,8 @@ def _of_table(
     value = OBJECTS if boxed else _column(schema, label_column, LABEL, "--label-column", place)
     wanted = [key, value, *(name for name in SIZES if boxed and name in schema.names)]
     read = batches(place, wanted) if lines is None else iter(lines.select(wanted).to_batches())
-    said = _entries(place, key, read, pa.array(names, pa.string()))
-    _check_some(place, len(said.table), said.shown, names)
+    said = _entries(place, key, read, pa.array(asked.names, pa.string()))
+    _check_some(place, len(said.table), said.shown, asked.names)
     table = _once(place, said.table, key, value)
     column = table[value].combine_chunks()
     codes, boxes, left_out, classes = np.full(len(table), -1, dtype=np.int64), None, dict[str, int](), class_names
@@ -186,10 +206,10 @@ def _of_table(
         boxes, left_out, classes = _boxes(place, table, column, found, class_names)
     else:
         codes, classes = codes_of(place.uri, column, class_label_names(schema, value), class_names)
-    unknown = _unknown_to(pool, said.others, chosen.by_row)
+    unknown = _unknown_to(asked, said.others)
     ids = table[key].combine_chunks()
     named = tuple(classes) if classes is not None else None
-    return Labels(place.uri, ids, codes, boxes, named, len(said.others), unknown, left_out, chosen.by_row)
+    return Labels(place.uri, ids, codes, boxes, named, len(said.others), unknown, left_out, asked.by_row)
 
 
 def _entries(place: Place, key: str, read: Iterator[pa.RecordBatch], names: pa.Array) -> _Said:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from engine.folders import read_manifest, read_run, sha256_of
+from engine.folders import LET_GO, read_manifest, read_run, sha256_of
 from engine.places import Place
 from engine.schema import InputError, Progress, no_progress
 
@@ -37,8 +37,12 @@ class Wanted:
 
 
 def _wanted(place: Place, manifest: dict[str, Any], below: str) -> Iterator[Wanted]:
-    """Yield the files that a manifest names; `below` is the path of its folder below the one asked for."""
+    """Yield the files that a manifest names, but for those that it says were let go; `below` is the path of its folder
+    below the one asked for.
+    """
     for name, entry in manifest.get("files", {}).items():
+        if name in manifest.get(LET_GO, ()):
+            continue
         yield Wanted(below + name, place.at(name), entry["sha256"], entry["bytes"])
     for part in manifest.get("parts", ()):
         yield Wanted(f"{below}parts/{part['name']}", place.at("parts", part["name"]), part["sha256"], part["bytes"])

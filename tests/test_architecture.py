@@ -11,17 +11,16 @@ WALL = 400
 FLOORS = [
     {"engine", "engine.masks"},
     {"engine.schema", "engine.arrays"},
+    {"engine.verbs", "engine.decode", "engine.canonical", "engine.draws", "engine.products", "engine.retry", "engine.phash"},
     {
-        "engine.verbs",
-        "engine.decode",
-        "engine.canonical",
-        "engine.draws",
-        "engine.products",
-        "engine.retry",
-        "engine.phash",
+        "engine.nearest",
+        "engine.blocks",
         "engine.influence",
+        "engine.probe",
+        "engine.places",
+        "engine.session",
+        "engine.pictures",
     },
-    {"engine.nearest", "engine.blocks", "engine.places", "engine.session", "engine.pictures"},
     {"engine.folders"},
     {"engine.store"},
     {"engine.reading"},
@@ -38,8 +37,8 @@ FLOORS = [
     {"engine.embed", "engine.ingest", "engine.select", "engine.training"},
     {"engine.predict", "engine.finetune"},
     {"engine.evaluate_model"},
-    {"engine.evaluate", "engine.dedup"},
-    {"engine.compare", "engine.info", "engine.verify"},
+    {"engine.evaluate", "engine.dedup", "engine.oracles"},
+    {"engine.compare", "engine.info", "engine.rounds", "engine.verify"},
     {"engine.demo"},
     {"jobs"},
     {"cli"},
@@ -74,9 +73,9 @@ ONLY_THERE = {
 }
 """Libraries that a few rooms know and no others."""
 
-VERBS = {"engine.verbs", "engine.verbs.shared", "engine.verbs.features", "engine.verbs.scoring", "engine.verbs.training"}
+VERBS = {"engine.verbs", *(f"engine.verbs.{name}" for name in ("shared", "features", "scoring", "training", "rounds"))}
 LIGHT = {"engine", "engine.masks", "engine.schema", "engine.session", *VERBS}
-LIGHT |= {"cli", "cli.main", "cli.options", "cli.output", "cli.__main__"}
+LIGHT |= {"cli", "cli.main", "cli.options", "cli.output", "cli.listings", "cli.__main__"}
 """What `coresift --help` loads."""
 
 
@@ -105,7 +104,16 @@ def imports(path: Path, top_level: bool = False) -> set[str]:
 
 def room(module: str) -> str:
     """Return the name under which a module stands in FLOORS: a package is one room."""
-    for package in ("engine.select", "engine.sources", "engine.tasks", "engine.training", "engine.verbs", "cli", "jobs"):
+    for package in (
+        "engine.select",
+        "engine.sources",
+        "engine.tasks",
+        "engine.training",
+        "engine.verbs",
+        "engine.rounds",
+        "cli",
+        "jobs",
+    ):
         if module == package or module.startswith(package + "."):
             return package
     return module

@@ -313,7 +313,7 @@ def test_every_verb_answers_in_json_here():
         "recipes",
         "demo",
     }
-    elsewhere = {"finetune", "predict"}  # test_finetune.py, test_predict.py
+    elsewhere = {"finetune", "predict", "rounds"}  # test_finetune.py, test_predict.py, test_rounds.py
     assert set(VERBS) == tested | elsewhere
 
 
@@ -479,6 +479,22 @@ WRONG = {
     "out of another comparison": (
         "compare {w}/features --strategies random --budget 6 --out {w}/compared " + SHORT,
         'options.budget "5" -> "6"',
+    ),
+    "rounds of too much": (
+        "rounds {w}/features --strategy random --oracle column --test {w}/test --start 100 --add 60 --rounds 3 --out {t}/out",
+        "want 220 labels, and there are 200 images: at most --rounds 2",
+    ),
+    "rounds without an oracle": (
+        "rounds {w}/features --strategy random --oracle {t}/none --test {w}/test --out {t}/out",
+        "--oracle '{t}/none' does not exist",
+    ),
+    "rounds that read labels": (
+        "rounds {w}/features --strategy uniform --oracle column --test {w}/test --out {t}/out",
+        "nobody has paid for",
+    ),
+    "rounds on vectors with a recipe": (
+        "rounds {w}/features --strategy random --oracle column --test {w}/test --recipe isal-fcos --out {t}/out",
+        "--recipe: for pools of images",
     ),
     "unknown verb": ("selct {w}/features", "'selct', did you mean 'select'?"),
     "unknown flag": ("select {w}/features --strategi random --budget 5 --out {t}/out", "--strategi"),

@@ -13,12 +13,14 @@ from engine.verbs.features import (
     ImportOptions,
     SelectOptions,
 )
+from engine.verbs.rounds import RoundsOptions
 from engine.verbs.scoring import SCORING, InfluenceOptions, SimilarityOptions, StabilityOptions
 from engine.verbs.shared import MeasureOptions, PoolOptions, PreprocessingOptions
 from engine.verbs.training import (
     ClassifyOptions,
     DetectOptions,
     FinetuneOptions,
+    ModelOptions,
     PredictOptions,
     TrainingOptions,
 )
@@ -36,9 +38,11 @@ __all__ = [
     "ImportOptions",
     "InfluenceOptions",
     "MeasureOptions",
+    "ModelOptions",
     "PoolOptions",
     "PredictOptions",
     "PreprocessingOptions",
+    "RoundsOptions",
     "SelectOptions",
     "SimilarityOptions",
     "StabilityOptions",

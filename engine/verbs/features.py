@@ -10,6 +10,7 @@ from engine.verbs.shared import (
     ActorOptions,
     Address,
     Device,
+    EncoderOption,
     Exclude,
     MeasureOptions,
     Memory,
@@ -20,6 +21,8 @@ from engine.verbs.shared import (
     Precision,
     Predictions,
     PreprocessingOptions,
+    ReferenceLabels,
+    ReferencePool,
     Seed,
     Workers,
 )
@@ -70,24 +73,9 @@ class EmbedOptions(PoolOptions, PreprocessingOptions, ActorOptions):
     pattern_metric: Annotated[
         str, Opt("`patterns`: how local features are clustered; GEAL v1: cosine.", choices=("euclidean", "cosine"))
     ] = "euclidean"
-    reference: Annotated[
-        str | None,
-        Opt(
-            "`influence`, `gradient_similarity`: labelled pool whose loss is to fall. Default: what finetune --hold-out kept.",
-            metavar="POOL",
-            result=False,
-        ),
-    ] = None
-    reference_labels: Annotated[str | None, Opt("Labels of --reference, apart from it.", result=False)] = None
-    encoder_option: Annotated[
-        tuple[str, ...],
-        Opt(
-            "Option of `influence`, `gradient_similarity`, `stability`: see `coresift encoders`. Repeatable.",
-            metavar="NAME=VALUE",
-            result=False,
-            repeat=True,
-        ),
-    ] = ()
+    reference: ReferencePool = None
+    reference_labels: ReferenceLabels = None
+    encoder_option: EncoderOption = ()
     seed: Seed = 0
     batch_size: Annotated[
         int | None, Opt("Images in a batch of the encoder. Default: 16 on a CPU, 256 on a GPU.", min=1, max=65536)

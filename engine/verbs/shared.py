@@ -49,6 +49,36 @@ Precision = Annotated[
     ),
 ]
 
+MaxRejected = Annotated[str, Opt("Share (1%) or count of bad images above which the run fails.", result=False)]
+DecodeWorkers = Annotated[
+    str | int,
+    Opt(
+        "Ray tasks, a CPU each, that read and decode ahead of each actor; 0: the actor itself does. auto: the CPUs that "
+        "actors on GPUs leave, else 0.",
+        metavar="N|auto",
+        result=False,
+    ),
+]
+ReferencePool = Annotated[
+    str | None,
+    Opt(
+        "`influence`, `gradient_similarity`: labelled pool whose loss is to fall. Default: what finetune --hold-out kept.",
+        metavar="POOL",
+        result=False,
+    ),
+]
+ReferenceLabels = Annotated[str | None, Opt("Labels of --reference, apart from it.", result=False)]
+EncoderOption = Annotated[
+    tuple[str, ...],
+    Opt(
+        "Option of `influence`, `gradient_similarity`, `stability`: see `coresift encoders`. Repeatable.",
+        metavar="NAME=VALUE",
+        result=False,
+        repeat=True,
+    ),
+]
+LinearEpochs = Annotated[int, Opt("Epochs of the linear probe.", min=1)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PoolOptions:
@@ -94,7 +124,7 @@ class ActorOptions:
     """How a pool goes through a network: who does it, and how the vectors are stored."""
 
     dtype: Annotated[str, Opt("How vectors are stored.", choices=("float32", "float16"))] = "float32"
-    max_rejected: Annotated[str, Opt("Share (1%) or count of bad images above which the run fails.", result=False)] = "1%"
+    max_rejected: MaxRejected = "1%"
     workers: Annotated[
         str | int | None,
         Opt(
@@ -103,15 +133,7 @@ class ActorOptions:
             result=False,
         ),
     ] = None
-    decode_workers: Annotated[
-        str | int,
-        Opt(
-            "Ray tasks, a CPU each, that read and decode ahead of each actor; 0: the actor itself does. auto: the CPUs that "
-            "actors on GPUs leave, else 0.",
-            metavar="N|auto",
-            result=False,
-        ),
-    ] = "auto"
+    decode_workers: DecodeWorkers = "auto"
     cpus_per_worker: Annotated[int, Opt("CPU threads of an actor; another number may round differently.", min=1)] = 1
     gpus_per_worker: Annotated[
         float | None, Opt("GPUs of an actor. Default: 1 if the cluster has one.", min=0, result=False)
@@ -128,7 +150,7 @@ class MeasureOptions:
         "coverage",
     )
     neighbors: Annotated[tuple[int, ...], Opt("k of the k-NN accuracies.", min=1)] = (1, 20)
-    linear_epochs: Annotated[int, Opt("Epochs of the linear probe.", min=1)] = 100
+    linear_epochs: LinearEpochs = 100
     emd_sample: Annotated[
         int, Opt("Pool rows in the earth mover's distance (exact on this seeded sample).", min=1, max=20000)
     ] = 2000

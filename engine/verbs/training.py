@@ -103,18 +103,9 @@ class DetectOptions(TrainingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(PoolOptions, PreprocessingOptions):
-    """Finetune a classifier or a detector on a selection."""
+class ModelOptions(PoolOptions, PreprocessingOptions):
+    """Which model is trained on a pool's images, from what weights, on what it is measured, and who trains it."""
 
-    pool: Annotated[str, Opt("The pool that was selected from: any that embed takes.", positional=True)]
-    out: Out
-    selection: Annotated[
-        str,
-        Opt(
-            "What to train on: a selection folder (and what it was told is labelled), ids (.txt), rows (.json, .npy), or all.",
-            result=False,
-        ),
-    ]
     recipe: Annotated[str | None, Opt("A published training recipe, or a .toml file: see `coresift recipes`.")] = None
     task: Annotated[str | None, Opt("Default: the recipe's.", choices=("classify", "detect"))] = None
     model: Annotated[
@@ -147,13 +138,6 @@ class FinetuneOptions(PoolOptions, PreprocessingOptions):
             repeat=True,
         ),
     ] = ()
-    labels: Annotated[
-        str | None,
-        Opt(
-            "Labels apart from the pool: CSV or Parquet with id and label, or COCO .json. Read for the selection only.",
-            result=False,
-        ),
-    ] = None
     hold_out: Annotated[
         str | None,
         Opt(
@@ -163,12 +147,10 @@ class FinetuneOptions(PoolOptions, PreprocessingOptions):
             result=False,
         ),
     ] = None
-    test: Annotated[str | None, Opt("Labelled pool to evaluate on.", metavar="POOL", result=False)] = None
     test_split: Annotated[str | None, Opt("datasets, VOC: which split of --test. Default: train, trainval.", result=False)] = (
         None
     )
     test_labels: Annotated[str | None, Opt("Labels of --test, apart from it.", result=False)] = None
-    seed: Seed = 0
     workers: Annotated[int, Opt("Ray Train workers; 0 trains in this process.", min=0)] = 0
     cpus_per_worker: Annotated[int, Opt("CPU threads of a worker; another number may round differently.", min=1)] = 1
     gpus_per_worker: Annotated[
@@ -184,6 +166,30 @@ class FinetuneOptions(PoolOptions, PreprocessingOptions):
         int | None, Opt("Steps between two checkpoints. Default: an epoch, and 100 at least.", min=1, result=False)
     ] = None
     max_failures: Annotated[int, Opt("How often the workers are started again when one dies.", min=0, result=False)] = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(ModelOptions):
+    """Finetune a classifier or a detector on a selection."""
+
+    pool: Annotated[str, Opt("The pool that was selected from: any that embed takes.", positional=True)]
+    out: Out
+    selection: Annotated[
+        str,
+        Opt(
+            "What to train on: a selection folder (and what it was told is labelled), ids (.txt), rows (.json, .npy), or all.",
+            result=False,
+        ),
+    ]
+    labels: Annotated[
+        str | None,
+        Opt(
+            "Labels apart from the pool: CSV or Parquet with id and label, or COCO .json. Read for the selection only.",
+            result=False,
+        ),
+    ] = None
+    test: Annotated[str | None, Opt("Labelled pool to evaluate on.", metavar="POOL", result=False)] = None
+    seed: Seed = 0
     address: Address = None
     overwrite: Overwrite = False
 
