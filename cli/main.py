@@ -15,6 +15,7 @@ from engine import session
 from engine.schema import InputError, Opt, RunError, nearest
 from engine.verbs import (
     CompareOptions,
+    CurvesOptions,
     DedupOptions,
     DemoOptions,
     EmbedOptions,
@@ -225,6 +226,19 @@ def _say_comparison(command: str, out: str, manifest: dict[str, Any], ui: Sessio
     output.say(f"{out}: {manifest['num_cells']} selections compared{' (done before)' if ui.is_old(manifest) else ''}")
 
 
+def _curves(options: CurvesOptions, flags: dict[str, bool]) -> None:
+    from engine.curves import curves
+
+    ui = Session(flags)
+    manifest = curves(options)
+    if ui.json:
+        facts = {key: manifest[key] for key in ("metric", "baseline", "table", "saved")}
+        output.print_json({"command": "curves", "out": options.out, **facts})
+        return
+    output.curves_tables(manifest)
+    output.say(f"{options.out}: {manifest['num_runs']} runs, picture in {options.out}/curves.html")
+
+
 def _rounds(options: RoundsOptions, flags: dict[str, bool]) -> None:
     from engine.oracles import Waiting
     from engine.rounds import rounds
@@ -297,6 +311,7 @@ VERBS: dict[str, tuple[type[Any], Any]] = {
     "predict": (PredictOptions, _predict),
     "evaluate": (EvaluateOptions, _evaluate),
     "compare": (CompareOptions, _compare),
+    "curves": (CurvesOptions, _curves),
     "rounds": (RoundsOptions, _rounds),
     "info": (InfoOptions, _info),
     "verify": (VerifyOptions, _verify),

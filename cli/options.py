@@ -41,7 +41,10 @@ def _parameter(field: Field) -> inspect.Parameter:
     default: Any = inspect.Parameter.empty if field.required else None
     kind: Any = str if field.required else str | None
     if field.opt.positional:
-        info: Any = typer.Argument(help=_help(field), metavar=field.name.upper(), show_default=False)
+        many = "..." if field.opt.repeat else ""
+        info: Any = typer.Argument(help=_help(field), metavar=field.name.upper() + many, show_default=False)
+        if field.opt.repeat:
+            kind = list[str]
     elif field.type is bool:
         names = f"{flag}/--no-{flag[2:]}" if field.default else flag
         info, kind, default = typer.Option(names, help=_help(field)), bool, field.default

@@ -145,8 +145,13 @@ def metrics_table(title: str, metrics: list[dict[str, Any]]) -> None:
 
 
 def rounds_table(title: str, criterion: str, rounds: list[dict[str, Any]]) -> None:
-    """Print a row for each round: labels paid for, images trained on, the metrics (the one that counts first), seconds."""
-    names = list(dict.fromkeys([criterion, *(m["metric"] for found in rounds for m in found["metrics"])]))
+    """Print a row for each round: labels paid for, images trained on, the metrics (the one that counts first), seconds.
+
+    Of the metrics those of single classes stay in rounds.parquet, and the best evaluation's.
+    """
+    measured = [m["metric"] for found in rounds for m in found["metrics"]]
+    names = [criterion, *(name for name in measured if "/" not in name and not name.startswith("best_"))]
+    names = list(dict.fromkeys(names))
     lines = []
     for found in rounds:
         values = {m["metric"]: m["value"] for m in found["metrics"]}
@@ -169,3 +174,27 @@ def comparison_tables(rows: list[dict[str, Any]]) -> None:
                     lines.setdefault(row["strategy"], [row["strategy"]]).append(number(row["mean"], digits) + spread)
         seeds = max(row["seeds"] for row in rows)
         table(f"{budget} labels, mean ± standard deviation over {seeds} seeds", ["strategy", *metrics], list(lines.values()))
+
+
+def curves_tables(manifest: dict[str, Any]) -> None:
+    """Print a row for each strategy and a column for each number of labels; then the labels saved."""
+    digits, rows = digits_of(manifest["metric"]) - 1, manifest["table"]
+    labels = sorted({row["labeled"] for row in rows})
+    lines = {row["strategy"]: [row["strategy"], *("-" for _ in labels)] for row in rows}
+    for row in rows:
+        spread = "" if row["std"] is None else f" ± {row['std']:.{digits}f}"
+        lines[row["strategy"]][1 + labels.index(row["labeled"])] = number(row["mean"], digits) + spread
+    seeds = max(row["seeds"] for row in rows)
+    of = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
+    table(f"{manifest['metric']} by labels{of}", ["strategy", *(f"{count:,}" for count in labels)], list(lines.values()))
+    if manifest["saved"]:
+        header = ["strategy", "labels saved %", f"at {manifest['metric']}"]
+        found = [
+            [
+                row["strategy"],
+                number(row["mean"]) + ("" if row["std"] is None else f" ± {row['std']:.1f}"),
+                number(row["level"], digits),
+            ]
+            for row in manifest["saved"]
+        ]
+        table(f"beside {manifest['baseline']}, at equal {manifest['metric']}", header, found)

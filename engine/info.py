@@ -29,6 +29,7 @@ SHOWN = {
     "dedup": ("features", "num_rows", "num_vectors", "num_clusters", "num_excluded", "num_kept", "options"),
     "metrics": ("metrics",),
     "comparison": ("num_cells", "options"),
+    "curves": ("metric", "baseline", "saved", "num_runs"),
     "images": ("num_images", "class_names"),
     "checkpoint": ("model", "metrics", "steps", "epochs", "num_images", "num_held_out", "let_go"),
     "head": ("metrics", "num_images", "num_classes", "let_go"),

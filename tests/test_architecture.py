@@ -38,7 +38,7 @@ FLOORS = [
     {"engine.predict", "engine.finetune"},
     {"engine.evaluate_model"},
     {"engine.evaluate", "engine.dedup", "engine.oracles"},
-    {"engine.compare", "engine.info", "engine.rounds", "engine.verify"},
+    {"engine.compare", "engine.curves", "engine.info", "engine.rounds", "engine.verify"},
     {"engine.demo"},
     {"jobs"},
     {"cli"},
@@ -68,12 +68,16 @@ ONLY_THERE = {
         "engine.training.loop",
         "engine.training.rates",
     },
+    "plotly": {"engine.curves"},
     "typer": {"cli.main", "cli.options"},
     "rich": {"cli.output"},
 }
 """Libraries that a few rooms know and no others."""
 
-VERBS = {"engine.verbs", *(f"engine.verbs.{name}" for name in ("shared", "features", "scoring", "training", "rounds"))}
+VERBS = {
+    "engine.verbs",
+    *(f"engine.verbs.{name}" for name in ("shared", "curves", "features", "scoring", "training", "rounds")),
+}
 LIGHT = {"engine", "engine.masks", "engine.schema", "engine.session", *VERBS}
 LIGHT |= {"cli", "cli.main", "cli.options", "cli.output", "cli.listings", "cli.__main__"}
 """What `coresift --help` loads."""

@@ -4,6 +4,7 @@ One dataclass a verb, each field `Annotated[type, Opt(help, range)]`. Options wi
 is done, never what comes out.
 """
 
+from engine.verbs.curves import CurvesOptions
 from engine.verbs.features import (
     CompareOptions,
     DedupOptions,
@@ -29,6 +30,7 @@ __all__ = [
     "SCORING",
     "ClassifyOptions",
     "CompareOptions",
+    "CurvesOptions",
     "DedupOptions",
     "DemoOptions",
     "DetectOptions",
