@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from commands import digits
 
 ROOT = Path(__file__).parents[1]
 MODELS = {
@@ -117,22 +118,6 @@ def measured(command: list[str]) -> tuple[float, float]:
     return seconds, peak
 
 
-def digits_pool(folder: Path) -> str:
-    """Write scikit-learn's digits as Parquet in the Hugging Face image convention."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    rows = []
-    for index, pixels in enumerate(load_digits().images):
-        buffer = io.BytesIO()
-        Image.fromarray((pixels * 255 / 16).astype("uint8")).save(buffer, format="PNG")
-        rows.append({"image": {"bytes": buffer.getvalue(), "path": f"{index}.png"}})
-    pq.write_table(pa.Table.from_pylist(rows), folder / "digits.parquet")
-    return str(folder / "digits.parquet")
-
-
 def rows_of(pool: str, num_rows: int | None, folder: Path) -> str:
     """Write `num_rows` images of a pool (all, if None) as Parquet in row groups of GROUP_ROWS; return the file's path."""
     import pyarrow as pa
@@ -181,7 +166,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        pool = rows_of(known.pool, known.rows, folder) if known.pool else digits_pool(folder)
+        pool = rows_of(known.pool, known.rows, folder) if known.pool else digits(folder)[0]
         if known.model:
             arguments = [*MODELS[known.model], *arguments]
         elif not known.pool:

@@ -15,21 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-
-
-def coresift(*arguments: str) -> None:
-    """Run one command; stop everything where it fails."""
-    done = subprocess.run([sys.executable, "-m", "cli", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"coresift {' '.join(arguments)}\n{done.stderr}")
+from commands import coresift, digits
 
 
 def trained(known: argparse.Namespace, own: list[str], name: str, seed: int) -> tuple[str, dict[str, Any]]:
@@ -60,24 +52,10 @@ def values(manifest: dict[str, Any], wanted: list[str]) -> dict[str, float]:
     return found | {f"{name} (best)": best[name] for name in wanted[:1] if name in best}
 
 
-def digits(folder: Path) -> list[str]:
-    """Write scikit-learn's digits as a pool and a test pool, embed them; return the arguments for a small run."""
-    import io
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    rows = []
-    for index, (pixels, label) in enumerate(zip(data.images, data.target.tolist(), strict=True)):
-        buffer = io.BytesIO()
-        Image.fromarray((pixels * 255 / 16).astype("uint8")).save(buffer, format="PNG")
-        rows.append({"image": {"bytes": buffer.getvalue(), "path": f"{index}.png"}, "label": str(label)})
-    for name, some in (("pool", rows[:1200]), ("test", rows[1200:])):
-        pq.write_table(pa.Table.from_pylist(some), folder / f"{name}.parquet")
-    pool, test, features = (str(folder / name) for name in ("pool.parquet", "test.parquet", "features"))
+def quick(folder: Path) -> list[str]:
+    """Embed scikit-learn's digits; return the arguments for a small run."""
+    pool, test = digits(folder, 597)
+    features = str(folder / "features")
     coresift("embed", pool, "--out", features, "--encoder", "pixels", "--workers", "0", "--quiet")
     run = [pool, "--test", test, "--features", features, "--out", str(folder), "--budget", "100", "--seeds", "2", "--"]
     own = ["--task", "classify", "--model", "resnet18", "--weights", "random", "--image-size", "32"]
@@ -90,7 +68,7 @@ def main() -> None:
         run(sys.argv[1:])
         return
     with tempfile.TemporaryDirectory() as folder:
-        run(digits(Path(folder)))
+        run(quick(Path(folder)))
 
 
 def run(arguments: list[str]) -> None:

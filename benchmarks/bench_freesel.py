@@ -16,15 +16,16 @@ import time
 from pathlib import Path
 
 import numpy as np
-from bench_embed import digits_pool
+from commands import digits
 from data import machine
 
 from engine.draws import random_subset
 from engine.embed import embed
 from engine.nearest import nearest_sqdist
+from engine.reading import Reading
 from engine.runner import run_method
 from engine.select.freesel import Options, freesel
-from engine.shards import LocalShards, Reading, Request, open_local
+from engine.shards import LocalShards, Request, open_local
 from engine.store import FeatureStore
 from engine.verbs import EmbedOptions
 
@@ -58,7 +59,7 @@ def main() -> None:
     pixel = None if options.mean_std is None else (options.mean_std,)
     with tempfile.TemporaryDirectory() as folder:
         given = EmbedOptions(
-            pool=options.pool or digits_pool(Path(folder)),
+            pool=options.pool or digits(Path(folder))[0],
             out=f"{folder}/features",
             encoder="patterns",
             backbone=options.backbone,

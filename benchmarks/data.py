@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from engine.nearest import nearest_sqdist
-from engine.shards import LocalShards, Reading, from_array, load_blocks
+from engine.reading import Reading, load_blocks
+from engine.shards import LocalShards, from_array
 from engine.store import FeatureStore
 
 
