@@ -102,7 +102,7 @@ FEW_P = np.array(
 def test_draws_have_the_exact_distribution(monkeypatch: pytest.MonkeyPatch, candidates: int, labeled: tuple[int, ...]) -> None:
     """Every ordered triple of six images, against its exact probability by explicit outer products."""
     monkeypatch.setattr(module, "CANDIDATES", candidates)
-    shards, g, trials = shards_of(FEW_X, FEW_P, 2), embeddings(FEW_X, FEW_P), 3000
+    shards, g, trials = shards_of(FEW_X, FEW_P, 2), embeddings(FEW_X, FEW_P), 1500
     counts = Counter(tuple(run(shards, 3, np.array(labeled, dtype=np.int64), seed=s).picks.tolist()) for s in range(trials))
     left = [row for row in range(6) if row not in labeled]
     expected = {s: trials * sequence_probability(g, s, labeled) for s in itertools.permutations(left, 3)}
@@ -145,8 +145,8 @@ def test_length_counts() -> None:
     """Of two equally unsure images beside a labelled one the one of three times the length is drawn nine times as often."""
     x = np.array([[1, 0], [0, 1], [0, 3]], dtype=np.float32)
     p = np.array([[1, 0], [0.5, 0.5], [0.5, 0.5]], dtype=np.float32)
-    share = np.mean([run(shards_of(x, p), 1, np.array([0]), seed=seed).picks[0] == 2 for seed in range(1000)])
-    assert abs(share - 0.9) < 4 * np.sqrt(0.9 * 0.1 / 1000)
+    share = np.mean([run(shards_of(x, p), 1, np.array([0]), seed=seed).picks[0] == 2 for seed in range(500)])
+    assert abs(share - 0.9) < 4 * np.sqrt(0.9 * 0.1 / 500)
 
 
 # --- rounds
