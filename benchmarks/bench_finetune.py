@@ -15,13 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from commands import coresift, digits
+from commands import begin, coresift, digits, known_and_own
 
 
 def trained(known: argparse.Namespace, own: list[str], name: str, seed: int) -> tuple[str, dict[str, Any]]:
@@ -63,14 +61,6 @@ def quick(folder: Path) -> list[str]:
     return [*run, *own, *("--option=" + option for option in options), "--option=small_stem=true"]
 
 
-def main() -> None:
-    if len(sys.argv) > 1:
-        run(sys.argv[1:])
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        run(quick(Path(folder)))
-
-
 def run(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pool")
@@ -84,8 +74,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--all", action="store_true")
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
-    known, own = parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
+    known, own = known_and_own(parser, arguments)
     runs = [(name, seed) for seed in range(known.seeds) for name in known.strategies] + [("all", 0)] * known.all
     with ThreadPoolExecutor(known.jobs) as at_once:
         done = list(at_once.map(lambda run: trained(known, own, *run), runs))
@@ -104,4 +93,4 @@ def run(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    begin(run, quick)

@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from commands import coresift, digits
+from commands import begin, coresift, digits, known_and_own
 
 
 def rounds(known: argparse.Namespace, own: list[str], strategy: str, seed: int) -> str:
@@ -41,14 +39,6 @@ def quick(folder: Path) -> list[str]:
     return [features[0], "--out", str(folder / "rounds"), "--seeds", "2", "--", *own]
 
 
-def main() -> None:
-    if len(sys.argv) > 1:
-        run(sys.argv[1:])
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        run(quick(Path(folder)))
-
-
 def run(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("subject")
@@ -56,8 +46,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--strategies", type=lambda text: text.split(","), default=["random", "entropy", "margin"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
-    known, own = parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
+    known, own = known_and_own(parser, arguments)
     runs = [(name, seed) for seed in range(known.seeds) for name in known.strategies]
     with ThreadPoolExecutor(known.jobs) as at_once:
         folders = list(at_once.map(lambda one: rounds(known, own, *one), runs))
@@ -69,4 +58,4 @@ def run(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    begin(run, quick)

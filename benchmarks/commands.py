@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -35,3 +38,18 @@ def digits(folder: Path, num_test: int = 0) -> tuple[str, str]:
     for file, some in zip(files, (rows[:cut], rows[cut:]), strict=True):
         pq.write_table(pa.Table.from_pylist(some, pa.Table.from_pylist(rows[:1]).schema), file)
     return str(files[0]), str(files[1])
+
+
+def known_and_own(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parse what stands before a lone `--`; return it, and what follows: the options of the commands that are run."""
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    return parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
+
+
+def begin(run: Callable[[list[str]], None], quick: Callable[[Path], list[str]]) -> None:
+    """Run a benchmark on the arguments given, or, without any, on those that `quick` gives for a temporary folder."""
+    if len(sys.argv) > 1:
+        run(sys.argv[1:])
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        run(quick(Path(folder)))

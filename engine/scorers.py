@@ -23,10 +23,10 @@ from engine.reference import keys_of, read_h
 from engine.schema import InputError, RunError, build_options, parse_pairs
 from engine.store import DETECTIONS, INFLUENCE
 from engine.tasks import Task
+from engine.tasks.calculus import EXPECTED_CLASSES
 from engine.tasks.heads import features_once
 from engine.verbs import SCORING, EmbedOptions, InfluenceOptions, SimilarityOptions
 
-EXPECTED_CLASSES = 10
 LEAST_SCORE = 0.1
 """Of a detector's pseudo boxes: the paper's for COCO (its code's default is 0.5)."""
 

@@ -180,9 +180,14 @@ class FeatureStore:
     def of_vectors(cls, uri: str) -> FeatureStore:
         """Open a store that holds vectors; raises InputError for one that holds boxes or scores."""
         store = cls(uri)
-        if store.column in (DETECTIONS, *SCORES):
+        if not store.holds_vectors:
             raise no_vectors(store)
         return store
+
+    @property
+    def holds_vectors(self) -> bool:
+        """Whether its images have vectors, rather than boxes or scores."""
+        return self.column not in (DETECTIONS, *SCORES)
 
     def _why_not(self, uri: str) -> str:
         if not self.place.exists():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
+import pytest
 
 
 def sqdist(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -104,3 +107,15 @@ def near_copies(x: np.ndarray, order: list[int], eps: float) -> dict[int, int]:
         else:
             kept.append(row)
     return found
+
+
+def check_frequencies(counts: Mapping[tuple[int, ...], int], expected: Mapping[tuple[int, ...], float], trials: int) -> None:
+    """Hold how often each outcome was drawn against how often it should be, by a chi-square test; rare ones are one cell."""
+    assert sum(expected.values()) == pytest.approx(trials)
+    assert sum(counts[s] for s in expected) == trials
+    rare = [s for s in expected if expected[s] < 5]
+    cells = [(counts[s], expected[s]) for s in expected if s not in rare]
+    cells += [(sum(counts[s] for s in rare), sum(expected[s] for s in rare))] if rare else []
+    chi_square = sum((seen - wanted) ** 2 / wanted for seen, wanted in cells)
+    freedom = len(cells) - 1
+    assert chi_square < freedom + 3.3 * np.sqrt(2 * freedom) + 3.5  # about p = 0.001; seeds are fixed

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import check_frequencies
 from test_contract import NOTHING, clustered, probabilities
 
 from engine.runner import run_method
@@ -102,18 +103,11 @@ FEW_P = np.array(
 def test_draws_have_the_exact_distribution(monkeypatch: pytest.MonkeyPatch, candidates: int, labeled: tuple[int, ...]) -> None:
     """Every ordered triple of six images, against its exact probability by explicit outer products."""
     monkeypatch.setattr(module, "CANDIDATES", candidates)
-    shards, g, trials = shards_of(FEW_X, FEW_P, 2), embeddings(FEW_X, FEW_P), 1500
+    shards, g, trials = shards_of(FEW_X, FEW_P, 2), embeddings(FEW_X, FEW_P), 3000
     counts = Counter(tuple(run(shards, 3, np.array(labeled, dtype=np.int64), seed=s).picks.tolist()) for s in range(trials))
     left = [row for row in range(6) if row not in labeled]
     expected = {s: trials * sequence_probability(g, s, labeled) for s in itertools.permutations(left, 3)}
-    assert sum(expected.values()) == pytest.approx(trials)
-    assert sum(counts[s] for s in expected) == trials
-    rare = [s for s in expected if expected[s] < 5]
-    cells = [(counts[s], expected[s]) for s in expected if s not in rare]
-    cells += [(sum(counts[s] for s in rare), sum(expected[s] for s in rare))] if rare else []
-    chi_square = sum((seen - wanted) ** 2 / wanted for seen, wanted in cells)
-    freedom = len(cells) - 1
-    assert chi_square < freedom + 3.3 * np.sqrt(2 * freedom) + 3.5  # about p = 0.001; seeds are fixed
+    check_frequencies(counts, expected, trials)
 
 
 def test_gain_is_the_distance_to_the_nearest_pick_before() -> None:
@@ -145,8 +139,8 @@ def test_length_counts() -> None:
     """Of two equally unsure images beside a labelled one the one of three times the length is drawn nine times as often."""
     x = np.array([[1, 0], [0, 1], [0, 3]], dtype=np.float32)
     p = np.array([[1, 0], [0.5, 0.5], [0.5, 0.5]], dtype=np.float32)
-    share = np.mean([run(shards_of(x, p), 1, np.array([0]), seed=seed).picks[0] == 2 for seed in range(500)])
-    assert abs(share - 0.9) < 4 * np.sqrt(0.9 * 0.1 / 500)
+    share = np.mean([run(shards_of(x, p), 1, np.array([0]), seed=seed).picks[0] == 2 for seed in range(1000)])
+    assert abs(share - 0.9) < 4 * np.sqrt(0.9 * 0.1 / 1000)
 
 
 # --- rounds

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import check_frequencies
 from test_contract import clustered
 
 from engine.draws import random_keys
@@ -154,14 +155,7 @@ def test_draws_have_the_exact_distribution(monkeypatch: pytest.MonkeyPatch, cand
     counts = Counter(tuple(run(shards, 3, np.array(labeled, dtype=np.int64), seed=s).picks.tolist()) for s in range(trials))
     left = [image for image in range(5) if image not in labeled]
     expected = {s: trials * sequence_probability(x, FEW_ROWS, s, labeled) for s in itertools.permutations(left, 3)}
-    assert sum(expected.values()) == pytest.approx(trials)
-    assert sum(counts[s] for s in expected) == trials
-    rare = [s for s in expected if expected[s] < 5]
-    cells = [(counts[s], expected[s]) for s in expected if s not in rare]
-    cells += [(sum(counts[s] for s in rare), sum(expected[s] for s in rare))] if rare else []
-    chi_square = sum((seen - wanted) ** 2 / wanted for seen, wanted in cells)
-    freedom = len(cells) - 1
-    assert chi_square < freedom + 3.3 * np.sqrt(2 * freedom) + 3.5  # about p = 0.001; seeds are fixed
+    check_frequencies(counts, expected, trials)
 
 
 def test_d2_squares_the_distance(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from engine.schema import (
 )
 from engine.selections import Selection, ids_in, open_selection, rows_in
 from engine.shards import Request, Step
-from engine.store import DETECTIONS, INFLUENCE, SCORES, STABILITY, FeatureStore, no_vectors, table_bytes
+from engine.store import INFLUENCE, STABILITY, FeatureStore, no_vectors, table_bytes
 from engine.verbs import SelectOptions
 
 SAID = {
@@ -149,7 +149,7 @@ def strategy_options(name: str, given: dict[str, Any]) -> tuple[Strategy, Method
 
 def check_vectors(strategy: Strategy, store: FeatureStore) -> None:
     """Raise InputError when the strategy reads vectors and the store has none, or takes one an image and it has several."""
-    if strategy.vectors and store.column in (DETECTIONS, *SCORES):
+    if strategy.vectors and not store.holds_vectors:
         raise no_vectors(store)
     if store.vectors_per_image > 1 and not strategy.patterns:
         raise InputError(

@@ -17,6 +17,7 @@ from engine.schema import MAX_PIXELS, InputError
 from engine.tasks import Calculus, Prediction, Result, Target, Task
 from engine.tasks.accuracy import accuracy
 from engine.tasks.augment import Augment, build_augment, mix
+from engine.tasks.calculus import EXPECTED_CLASSES
 from engine.tasks.classifier import Classifier, build_classifier, norms_of, rates_of
 from engine.tasks.heads import parameters_of
 from engine.tasks.setup import Setup
@@ -26,8 +27,6 @@ Example = tuple[torch.Tensor, int]
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Images (r, 3, height, width) float32, normalised; labels (r,) int64, or, where images are mixed, (r, classes) float32."""
 
-EXPECTED_CLASSES = 10
-"""Classes that an expected loss takes in. Over all classes its gradient is 0: that of the softmax's own cross entropy."""
 CALCULUS = Calculus("all", restarts=4, steps=250, scale=1e4, scales={"head": 1e4}, batched=True)
 """ISAL's for classifiers (Liu et al., ICCV 2021)."""
 

@@ -9,22 +9,19 @@ from engine.schema import Opt
 from engine.verbs.shared import (
     ActorOptions,
     Address,
-    Device,
     EncoderOption,
     Exclude,
     MeasureOptions,
-    Memory,
     Normalize,
     Out,
     Overwrite,
     PoolOptions,
-    Precision,
     Predictions,
     PreprocessingOptions,
     ReferenceLabels,
     ReferencePool,
     Seed,
-    Workers,
+    ShardOptions,
 )
 
 
@@ -114,7 +111,7 @@ class ImportOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectOptions:
+class SelectOptions(ShardOptions):
     """Pick the images worth labelling."""
 
     features: Annotated[str, Opt("Feature store written by embed or import.", positional=True)]
@@ -136,19 +133,13 @@ class SelectOptions:
         tuple[str, ...], Opt("Option of the strategy. Repeatable.", metavar="NAME=VALUE", result=False, repeat=True)
     ] = ()
     normalize: Normalize = True
-    workers: Workers = None
-    memory_per_shard: Memory = None
-    device: Device = "auto"
-    precision: Precision = "float32"
     journal_s: Annotated[
         float, Opt("Seconds between two entries of the journal that an unfinished run goes on from.", min=0, result=False)
     ] = 10.0
-    address: Address = None
-    overwrite: Overwrite = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class DedupOptions:
+class DedupOptions(ShardOptions):
     """Find images that are near copies of others (SemDeDup): what `select --exclude` leaves out.
 
     Of every group of near copies one is kept. They are sought within k-means clusters, so copies on two sides of a border
@@ -165,16 +156,10 @@ class DedupOptions:
     ] = None
     iterations: Annotated[int, Opt("Lloyd steps; stops early once no row moves.", min=0, max=100_000)] = 20
     seed: Seed = 0
-    workers: Workers = None
-    memory_per_shard: Memory = None
-    device: Device = "auto"
-    precision: Precision = "float32"
-    address: Address = None
-    overwrite: Overwrite = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(PoolOptions, MeasureOptions):
+class EvaluateOptions(PoolOptions, MeasureOptions, ShardOptions):
     """Measure what a selection is worth on stored features, or a trained model on a labelled pool."""
 
     subject: Annotated[str, Opt("Feature store the selection was made from, or a checkpoint folder.", positional=True)]
@@ -201,16 +186,10 @@ class EvaluateOptions(PoolOptions, MeasureOptions):
     ] = "1%"
     seed: Seed = 0
     out: Annotated[str | None, Opt("Folder to write the metrics to. Default: only print.", metavar="DIR", result=False)] = None
-    workers: Workers = None
-    memory_per_shard: Memory = None
-    device: Device = "auto"
-    precision: Precision = "float32"
-    address: Address = None
-    overwrite: Overwrite = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions(MeasureOptions):
+class CompareOptions(MeasureOptions, ShardOptions):
     """Strategies x budgets x seeds on one feature store: one table."""
 
     features: Annotated[str, Opt("Feature store to select from.", positional=True)]
@@ -221,12 +200,6 @@ class CompareOptions(MeasureOptions):
     exclude: Exclude = None
     predictions: Predictions = None
     seeds: Annotated[int, Opt("Seeds 0..N-1.", min=1, max=1000)] = 3
-    workers: Workers = None
-    memory_per_shard: Memory = None
-    device: Device = "auto"
-    precision: Precision = "float32"
-    address: Address = None
-    overwrite: Overwrite = False
 
 
 @dataclass(frozen=True, kw_only=True)

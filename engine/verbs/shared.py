@@ -141,6 +141,18 @@ class ActorOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShardOptions:
+    """Where the vectors of a feature store are worked on."""
+
+    workers: Workers = None
+    memory_per_shard: Memory = None
+    device: Device = "auto"
+    precision: Precision = "float32"
+    address: Address = None
+    overwrite: Overwrite = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeasureOptions:
     """What is measured of a selection, on stored features."""
 
