@@ -8,6 +8,11 @@ import warnings
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What is decoded. Pillow knows more, and goes by a file's content, not its name: of EPS it makes a picture by starting
+Ghostscript, which no image of a pool may do."""
+NO_IMAGE = "not an image file: no JPEG, PNG, WebP, AVIF, GIF, BMP, TIFF, PPM or JPEG 2000"
+
 SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -54,7 +59,7 @@ def decode(data: bytes, max_pixels: int, draft_px: int | None = None) -> tuple[I
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata in images that decode well
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > max_pixels:
                     raise BadImageError(f"{width} x {height} = {width * height:,} pixels is above --max-pixels {max_pixels:,}")
@@ -62,7 +67,7 @@ def decode(data: bytes, max_pixels: int, draft_px: int | None = None) -> tuple[I
                     image.draft(None, (draft_px, draft_px))
                 return _to_rgb(image), (width, height)
     except UnidentifiedImageError:
-        raise BadImageError("not an image file that Pillow knows") from None
+        raise BadImageError(NO_IMAGE) from None
     except BadImageError:
         raise
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:

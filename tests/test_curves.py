@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cli.main import run
-from engine.curves import FILE, Curve, curves, labels_for, saved
+from engine.curves import FILE, Curve, curves, labels_for, picture, saved
 from engine.folders import begin, publish
 from engine.info import describe
 from engine.places import Place
@@ -161,3 +161,12 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "margin" in shown
     assert run(["curves", *runs, "--out", str(tmp_path / "out"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["saved"][0]["strategy"] == "margin"
+
+
+def test_names_of_runs_and_metrics_are_text_in_the_picture() -> None:
+    hostile = "</script><script>alert(1)</script>"
+    rows = [{"strategy": hostile, "labeled": 10, "mean": 0.5, "std": None, "seeds": 1}]
+    page = picture(rows, f"<img src=x onerror=alert(1)>{hostile}")
+    assert hostile not in page
+    assert "<img src=x" not in page
+    assert "alert(1)" in page

@@ -2,13 +2,14 @@
 
 import io
 import struct
+import subprocess
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from engine.decode import BadImageError, decode
+from engine.decode import NO_IMAGE, BadImageError, decode
 from engine.schema import MAX_PIXELS
 
 
@@ -39,7 +40,7 @@ def test_rgb_png_comes_back_as_it_is():
     ("data", "reason"),
     [
         (b"", "empty file"),
-        (b"this is no picture\n" * 9, "not an image file that Pillow knows"),
+        (b"this is no picture\n" * 9, NO_IMAGE),
         (encoded(noise(), "JPEG")[:1500], "truncated"),
         (encoded(noise(), "PNG")[:1500], "truncated"),
         (encoded(noise(), "JPEG")[:20], ""),
@@ -173,6 +174,21 @@ def test_an_image_that_is_too_large_is_rejected_before_it_is_decoded(monkeypatch
         decode(data, MAX_PIXELS)
     with pytest.raises(AssertionError, match="it was decoded"):  # the patch does bite
         decode(data, 400_000_000)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "ICO"])
+def test_formats_that_run_programs_or_that_nobody_photographs_in_are_not_opened(kind, monkeypatch):
+    monkeypatch.setattr(subprocess, "check_call", lambda *given, **more: pytest.fail(f"a program was started: {given}"))
+    data = encoded(noise(), kind)
+    with pytest.raises(BadImageError, match="not an image file") as caught:
+        decode(data, MAX_PIXELS)
+    assert str(caught.value) == NO_IMAGE
+
+
+def test_a_stereo_photograph_gives_its_first_image():
+    image = noise()
+    data = encoded(image, "MPO", save_all=True, append_images=[noise(seed=1)])
+    assert np.array_equal(pixels_of(data), pixels_of(encoded(image, "JPEG")))
 
 
 def test_max_pixels_is_a_limit_that_may_be_reached():

@@ -373,8 +373,8 @@ def test_hub_weights_are_asked_for(monkeypatch, tmp_path, name):
 
     asked = []
 
-    def offline(url, *_, **__):
-        asked.append(url)
+    def offline(url, *_, **how):
+        asked.append((how["weights_only"], how["check_hash"]))
         raise OSError("offline")
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -383,7 +383,7 @@ def test_hub_weights_are_asked_for(monkeypatch, tmp_path, name):
     task = build_task(setup_of(name, weights="hub", image_size=None))
     with pytest.raises(InputError, match="cannot be fetched from the hub"):
         task.build(True)
-    assert len(asked) == (":" not in name)
+    assert asked == ([(True, True)] if ":" not in name else [])
     task.build(False)
 
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from engine import retry
+from engine.decode import NO_IMAGE
 from engine.embed import embed
 from engine.pipeline import check_readable
 from engine.places import Place
@@ -258,7 +259,7 @@ def test_the_row_of_a_container_is_where_a_rejected_image_is(tmp_path, pool):
     pq.write_table(pa.table({"image": images}), tmp_path / "pool.parquet")
     run(tmp_path / "pool.parquet", tmp_path / "out")
     (rejected,) = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pylist()
-    assert (rejected["uri"], rejected["reason"]) == (f"{tmp_path}/pool.parquet#5", "not an image file that Pillow knows")
+    assert (rejected["uri"], rejected["reason"]) == (f"{tmp_path}/pool.parquet#5", NO_IMAGE)
 
 
 def test_a_container_that_was_replaced_by_words_ends_the_run(tmp_path, pool, monkeypatch):

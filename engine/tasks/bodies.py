@@ -35,7 +35,7 @@ def torchvision_body(name: str, setup: Setup, pretrained: bool, **arguments: Any
         network.fc, body = torch.nn.Identity(), network
     if pretrained and setup.weights == "hub":
         try:
-            state = IMAGENET[name].get_state_dict(progress=False)
+            state = IMAGENET[name].get_state_dict(progress=False, check_hash=True, weights_only=True)
         except (OSError, RuntimeError) as error:
             reason = first_line(error)
             raise InputError(
