@@ -101,6 +101,23 @@ def error(message: str) -> None:
     Console(stderr=True, soft_wrap=True).print(Text(f"error: {masked(' '.join(message.split()))}", style="red"))
 
 
+def note(text: str) -> None:
+    """Print a line that is no result, on stderr."""
+    Console(stderr=True, soft_wrap=True).print(Text(masked(text)))
+
+
+def raw(text: str) -> None:
+    """Print part of a log on stdout, as it is; keys were left out where it was written."""
+    sys.stdout.write(masked(text))
+    sys.stdout.flush()
+
+
+def log(text: str) -> None:
+    """Print part of a log on stderr."""
+    sys.stderr.write(masked(text))
+    sys.stderr.flush()
+
+
 def say(text: str) -> None:
     """Print a result for a person, on stdout."""
     Console(soft_wrap=True).print(Text(masked(text)))

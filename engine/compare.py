@@ -43,21 +43,22 @@ class Entrant:
     options: Any
 
 
-def _entrant(spec: str) -> Entrant:
+def entrant_of(spec: str) -> Entrant:
+    """Return the strategy that `kmeans:restarts=1` names, with its options; raises InputError for what it does not have."""
     name, *pairs = spec.split(":")
     strategy, method, options = strategy_options(name, parse_pairs(pairs, "strategy option"))
     return Entrant(spec, strategy, method, options)
 
 
-def _specs(strategies: tuple[str, ...]) -> list[str]:
+def specs(strategies: tuple[str, ...]) -> list[str]:
     """Return the strategies named; a part that begins with a digit is more of the value before it: `levels=1000,100`."""
-    specs: list[str] = []
+    found: list[str] = []
     for part in (part.strip() for part in strategies):
-        if specs and part[:1].isdigit():
-            specs[-1] += f",{part}"
+        if found and part[:1].isdigit():
+            found[-1] += f",{part}"
         else:
-            specs.append(part)
-    return specs
+            found.append(part)
+    return found
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def compare(options: CompareOptions, progress: Progress = no_progress) -> dict[s
     """
     check_metrics(options.metrics, options.test)
     store = FeatureStore.of_vectors(options.features)
-    entrants = [_entrant(spec) for spec in _specs(options.strategies)]
+    entrants = [entrant_of(spec) for spec in specs(options.strategies)]
     for entrant in entrants:
         check_vectors(entrant.strategy, store)
         check_labels(entrant.strategy, store)

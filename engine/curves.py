@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from engine.arrays import Floats
 from engine.folders import Claim, publish, read_manifest, read_run
 from engine.places import Place
-from engine.schema import InputError, nearest, result_options
+from engine.schema import InputError, Progress, nearest, no_progress, result_options
 from engine.store import table_bytes
 from engine.verbs import CurvesOptions
 
@@ -94,7 +94,9 @@ def _read(text: str, metric: str | None) -> tuple[Curve, dict[str, Any]]:
     return Curve(name or manifest["strategy"], manifest["seed"], uri, wanted, labeled, values), manifest
 
 
-def read_curves(runs: Sequence[str], metric: str | None) -> tuple[list[Curve], dict[str, Any]]:
+def read_curves(
+    runs: Sequence[str], metric: str | None, progress: Progress = no_progress
+) -> tuple[list[Curve], dict[str, Any]]:
     """Return the curves of runs, and their digests by folder.
 
     Raises InputError where two can't be compared: of another pool or test set, another metric, the same name and seed.
@@ -116,6 +118,7 @@ def read_curves(runs: Sequence[str], metric: str | None) -> tuple[list[Curve], d
             )
         curves.append(curve)
         digests[curve.uri] = manifest["files"][FILE]["sha256"]
+        progress("curves", len(curves), len(runs), curve.name)
     return curves, digests
 
 
@@ -196,7 +199,7 @@ def picture(rows: Sequence[dict[str, Any]], metric: str) -> str:
     return page
 
 
-def curves(options: CurvesOptions) -> dict[str, Any]:
+def curves(options: CurvesOptions, progress: Progress = no_progress) -> dict[str, Any]:
     """Compare finished rounds; return the manifest of a curves/ folder.
 
     Its `table` has a row for each strategy and number of labels, `saved` one for each strategy but the baseline, where there is
@@ -204,7 +207,7 @@ def curves(options: CurvesOptions) -> dict[str, Any]:
     """
     if not options.runs:
         raise InputError("coresift curves needs runs: give folders that `coresift rounds` wrote")
-    found, digests = read_curves(options.runs, options.metric)
+    found, digests = read_curves(options.runs, options.metric, progress)
     by_seed = []
     if options.baseline != "none":
         by_seed = list(saved_by_seed(found, options.baseline))

@@ -124,19 +124,26 @@ class Place:
         head, mark, query = self.address.partition("?")
         return head, mark + query
 
+    def address_of(self, *names: str) -> str:
+        """Return the address below this one, without opening anything; names are names of files.
+
+        What follows the `?` of a URI (endpoint_override, scheme, region) stays at its end.
+        """
+        if "://" not in self.address:
+            return "/".join([self.address.rstrip("/"), *names])
+        head, rest = self._split
+        return "/".join([head.rstrip("/"), *(quote(name) for name in names)]) + rest
+
     def at(self, *names: str) -> Place:
         """Return the place below this one; names are names of files, whatever characters they hold.
 
-        Below a URI it shares this one's filesystem: an object store's client is slow to make. What follows the `?` of a
-        URI (endpoint_override, scheme, region) stays at its end.
+        Below a URI it shares this one's filesystem: an object store's client is slow to make.
         """
-        if "://" not in self.address:
-            return Place("/".join([self.address.rstrip("/"), *names]))
-        on_web = self.address.split("://")[0] in WEB
-        quoted = [quote(name) for name in names]
-        head, rest = self._split
-        below = Place("/".join([head.rstrip("/"), *quoted]) + rest)
-        below.__dict__["opened"] = self.fs, "/".join([self.path.rstrip("/"), *(quoted if on_web else names)])
+        below = Place(self.address_of(*names))
+        if "://" in self.address:
+            on_web = self.address.split("://")[0] in WEB
+            parts = [quote(name) if on_web else name for name in names]
+            below.__dict__["opened"] = self.fs, "/".join([self.path.rstrip("/"), *parts])
         return below
 
     @property

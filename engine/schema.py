@@ -42,6 +42,16 @@ class RunError(RuntimeError):
         super().__init__(masked(message))
 
 
+def known_error(failure: BaseException) -> InputError | RunError | None:
+    """Return our own error behind what was raised: itself, or the cause that Ray wrapped on its way from an actor."""
+    seen: BaseException | None = failure
+    while seen is not None:
+        if isinstance(seen, (InputError, RunError)):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return None
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, without keys, or its class where it has none."""
     return masked((str(error).splitlines() or [type(error).__name__])[0])
@@ -120,6 +130,13 @@ def _optional(kind: Any) -> tuple[Any, bool]:
     return kind, False
 
 
+def check_option(field: Field, value: Any) -> Any:
+    """Return `value` as the field's type, within its range and choices; raise InputError otherwise."""
+    converted = _convert(field, value)
+    _check_range(field, converted)
+    return converted
+
+
 def _convert(field: Field, value: Any) -> Any:
     """Return `value` as the field's type (from a string, as the command line gives it), or raise InputError."""
     kind, optional = _optional(field.type)
@@ -179,8 +196,7 @@ def build_options(options: type[T], given: Mapping[str, Any], owner: str) -> T:
         if key not in declared:
             listed = ", ".join(declared) or "none"
             raise InputError(f"unknown option {name!r} for {owner}{nearest(key, declared)} (its options: {listed})")
-        values[key] = _convert(declared[key], value)
-        _check_range(declared[key], values[key])
+        values[key] = check_option(declared[key], value)
     missing = [field.name for field in declared.values() if field.required and field.name not in values]
     if missing:
         raise InputError(f"{owner} needs {', '.join(missing)}")

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cli import main, output
+from cli import output, session
 from cli.main import VERBS, run
-from engine.schema import InputError, RunError
+from engine.schema import InputError, RunError, known_error
 
 ROOT = Path(__file__).parents[1]
 QUICK = "--linear-epochs 2 --emd-sample 30 --neighbors 1,3 --workers 0"
@@ -250,7 +250,7 @@ def test_what_was_done_before_is_said_even_a_moment_later(world, tmp_path, capsy
     assert answers(capsys, line)["already_done"] is False
     published = json.loads((tmp_path / "out" / "manifest.json").read_text())["published"]
     later = datetime.fromisoformat(published).timestamp() + 0.9
-    monkeypatch.setattr(main, "time", SimpleNamespace(time=lambda: later))
+    monkeypatch.setattr(session, "time", SimpleNamespace(time=lambda: later))
     assert answers(capsys, line)["already_done"] is True
     assert run(line) == 0
     assert "done before" in capsys.readouterr().out
@@ -314,6 +314,7 @@ def test_every_verb_answers_in_json_here():
         "demo",
     }
     elsewhere = {"finetune", "predict", "rounds", "curves"}  # test_finetune.py, test_predict.py, ...
+    elsewhere |= {"run", "jobs", "submit", "status", "logs", "stop"}  # test_jobs_run.py, test_jobs_submit.py
     assert set(VERBS) == tested | elsewhere
 
 
@@ -569,9 +570,9 @@ def test_our_errors_are_found_behind_what_wraps_them():
     wrapped.cause = ours
     around = RuntimeError("outer")
     around.__cause__ = wrapped
-    assert main._known(around) is ours
-    assert main._known(RunError("x")).args == ("x",)
-    assert main._known(KeyError("x")) is None
+    assert known_error(around) is ours
+    assert known_error(RunError("x")).args == ("x",)
+    assert known_error(KeyError("x")) is None
 
 
 def test_what_nobody_expected_is_a_traceback_and_exit_code_1(monkeypatch, capsys):

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from engine.compare import _specs, compare
+from engine.compare import compare, specs
 from engine.ingest import import_features
 from engine.schema import InputError
 from engine.select import _rows_of_column, read_labeled, select
@@ -50,7 +50,7 @@ def test_an_unknown_column_lists_those_there_are(features: str) -> None:
 
 
 def test_a_part_that_begins_with_a_digit_belongs_to_the_option_before_it() -> None:
-    assert _specs(("kmeans", " hierarchical:levels=30", "5", "random")) == ["kmeans", "hierarchical:levels=30,5", "random"]
+    assert specs(("kmeans", " hierarchical:levels=30", "5", "random")) == ["kmeans", "hierarchical:levels=30,5", "random"]
 
 
 def test_compare_leaves_out_what_is_excluded(features: str, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from engine.verbs.features import (
 from engine.verbs.rounds import RoundsOptions
 from engine.verbs.scoring import SCORING, InfluenceOptions, SimilarityOptions, StabilityOptions
 from engine.verbs.shared import MeasureOptions, PoolOptions, PreprocessingOptions
+from engine.verbs.table import JOB_VERBS, VERBS, Verb
 from engine.verbs.training import (
     ClassifyOptions,
     DetectOptions,
@@ -27,7 +28,9 @@ from engine.verbs.training import (
 )
 
 __all__ = [
+    "JOB_VERBS",
     "SCORING",
+    "VERBS",
     "ClassifyOptions",
     "CompareOptions",
     "CurvesOptions",
@@ -49,4 +52,5 @@ __all__ = [
     "SimilarityOptions",
     "StabilityOptions",
     "TrainingOptions",
+    "Verb",
 ]
