@@ -84,6 +84,11 @@ class Watcher:
             self.bar.tasks[-1].start_time = self.bar.get_time() - (time.monotonic() - began)
         self.bar.update(self.tasks[stage], completed=done, total=total or None, note=note)
 
+    def tell(self, text: str) -> None:
+        """Print a line beside the progress, unless quiet."""
+        if not self.quiet:
+            self.console.print(Text(masked(text)))
+
     def close(self) -> None:
         """Take the bar away."""
         if self.bar is not None:

@@ -22,7 +22,7 @@ class Session:
         self.json, self.quiet, self.verbose = flags["json"], flags["quiet"], flags["verbose"]
         self.watch = output.Watcher(self.quiet)
         self.began = time.time()
-        session.verbose = self.verbose
+        session.verbose, session.say = self.verbose, lambda text: self.watch.tell(text)
 
     def is_old(self, manifest: dict[str, Any]) -> bool:
         """Return whether a manifest was published before this command began: nothing was done again."""

@@ -97,14 +97,15 @@ def _on_ray(place: Place, pool: Pool, jobs: Sequence[Job], rows: Ints, rules: Ru
             "rules": ray.put(rules),
         }
         data = ray.data.from_items(items, override_num_blocks=len(items))
-        for batch in data.map_batches(_task, batch_size=1, num_cpus=1, fn_kwargs=given).iter_batches(
-            batch_size=1, prefetch_batches=0
-        ):
-            for text in batch["done"]:
-                found = json.loads(text)
-                if "failed" in found:
-                    raise (InputError if found["input"] else RunError)(found["failed"])
-                yield [Part(**part) for part in found["parts"]]
+        done = data.map_batches(_task, batch_size=1, num_cpus=1, fn_kwargs=given)
+        with session.waiting() as moved:
+            for batch in done.iter_batches(batch_size=1, prefetch_batches=0):
+                moved()
+                for text in batch["done"]:
+                    found = json.loads(text)
+                    if "failed" in found:
+                        raise (InputError if found["input"] else RunError)(found["failed"])
+                    yield [Part(**part) for part in found["parts"]]
     finally:
         place.at(LISTING).remove()
 

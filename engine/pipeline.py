@@ -239,21 +239,24 @@ class Crew:
     decode_tasks: int
 
 
-def crew(options: EmbedOptions, num_parts: int, cpus: int, gpus: int) -> Crew:
-    """Return who works on `num_parts` parts in a cluster of so many CPUs and GPUs.
+def crew(options: EmbedOptions, num_parts: int, up: session.Size, most: session.Size | None) -> Crew:
+    """Return who works on `num_parts` parts in a cluster that has so much now and can have `most`; None: nobody knows.
 
-    By default an actor for each GPU, or each CPU; tasks decode where actors are on GPUs and leave CPUs. Raises InputError
-    for options that can't be.
+    By default an actor for each GPU, or each CPU, that there can be: all are asked for at once, and those that have a place
+    begin. Where nobody knows, one for each that is up, and more as nodes come. Tasks decode where actors are on GPUs and
+    leave CPUs. Raises InputError for options that can't be.
     """
-    each = options.gpus_per_worker if options.gpus_per_worker is not None else float(gpus > 0)
+    known = most or up
+    each = options.gpus_per_worker if options.gpus_per_worker is not None else float(known.gpus > 0)
     if each > 1 and each != int(each):
         raise InputError(f"option gpus_per_worker is {each:g}: above 1 it must be a whole number")
     asked = parse_decode_workers(options.decode_workers)
-    fit = int(gpus / each) if each else cpus // (options.cpus_per_worker + (asked or 0))
-    low, high = parse_workers(options.workers) or (max(1, fit), max(1, fit))
+    fit = max(1, int(known.gpus / each) if each else known.cpus // (options.cpus_per_worker + (asked or 0)))
+    low, high = parse_workers(options.workers) or (fit, fit if most else num_parts)
     low, high = min(low, num_parts), min(high, num_parts)
-    spare = cpus - high * options.cpus_per_worker
-    automatic = max(1, spare // high) if each and spare > 0 else 0
+    beside = min(high, fit) if most is None else high
+    spare = known.cpus - beside * options.cpus_per_worker
+    automatic = max(1, spare // beside) if each and spare > 0 else 0
     return Crew(low, high, each, automatic if asked is None else asked)
 
 
@@ -261,7 +264,7 @@ def on_ray(options: EmbedOptions, stores: Stores, todo: Sequence[Todo]) -> Itera
     """Encode parts on an actor pool of Ray Data; yield their entries as they are finished."""
     import ray.data
 
-    who = crew(options, len(todo), session.cpus(), session.gpus())
+    who = crew(options, len(todo), session.now(), session.most())
     rows = [{"start": part.start, "stop": part.stop, "encoders": ",".join(part.encoders)} for part in todo]
     weights = options.weights if options.weights in NO_FILE else Place(options.weights).absolute
     checkpoint = options.checkpoint and Place(options.checkpoint).absolute
@@ -279,12 +282,14 @@ def on_ray(options: EmbedOptions, stores: Stores, todo: Sequence[Todo]) -> Itera
         num_cpus=options.cpus_per_worker,
         num_gpus=who.gpus or None,
     )
-    for batch in done.iter_batches(batch_size=1, prefetch_batches=0):
-        for part in batch["part"]:
-            entry = json.loads(part)
-            if "failed" in entry:
-                raise RunError(entry["failed"])
-            yield entry
+    with session.waiting() as moved:
+        for batch in done.iter_batches(batch_size=1, prefetch_batches=0):
+            moved()
+            for part in batch["part"]:
+                entry = json.loads(part)
+                if "failed" in entry:
+                    raise RunError(entry["failed"])
+                yield entry
 
 
 def in_process(options: EmbedOptions, stores: Stores, todo: Sequence[Todo]) -> Iterator[dict[str, Any]]:

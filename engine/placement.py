@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from engine import session
+from engine.checks import check_finite, check_predictions
 from engine.reading import Reading, size_bytes
 from engine.schema import InputError, parse_bytes
-from engine.shards import LocalShards, RayShards, Shards, check_finite, check_predictions, open_local
+from engine.shards import LocalShards, RayShards, Shards, open_local
 from engine.store import FeatureStore
 
 MEMORY_SHARE = 0.5
@@ -37,6 +38,19 @@ def _device(asked: str, there: int, where: str) -> str:
     if asked == "cuda" and not there:
         raise InputError(f"--device 'cuda': {where} has no CUDA device that torch can use; pass auto or cpu")
     return "cuda" if there and asked != "cpu" else "cpu"
+
+
+def _on_cluster(asked: str, workers: int | None) -> tuple[str, int, session.Size]:
+    """Return (device, workers, what they share) on the connected cluster; raises InputError for a GPU that can't be there.
+
+    Where nothing is up yet and nobody says what can be, each worker is meant to have a CPU, or GPU, of its own.
+    """
+    most, up = session.most(), session.now()
+    has = most or up
+    coming = most is None and not up.cpus
+    device = asked if coming and asked == "cuda" else _device(asked, has.gpus, "the cluster")
+    workers = workers or (has.gpus if device == "cuda" else has.cpus) or 1
+    return device, workers, session.Size(has.cpus or workers, has.gpus or workers)
 
 
 @contextlib.contextmanager
@@ -67,12 +81,10 @@ def open_shards(
         shards = open_local(store, Reading(normalized, columns, limit or share, device, options.precision, aside, vectors))
     else:
         session.connect(options.address)
-        cpus, gpus = session.cpus(), session.gpus()
-        device = _device(options.device, gpus, "the cluster")
-        workers = options.workers or (gpus if device == "cuda" else cpus)
-        share = MEMORY_SHARE * free_bytes() / min(workers, cpus)
+        device, workers, has = _on_cluster(options.device, options.workers)
+        share = MEMORY_SHARE * free_bytes() / min(workers, has.cpus)
         reading = Reading(normalized, columns, limit or share, device, options.precision, aside, vectors)
-        shards = RayShards(store, workers, cpus, reading, gpus)
+        shards = RayShards(store, workers, has.cpus, reading, has.gpus)
     try:
         check_finite(shards, store.place.uri)
         if predictions:

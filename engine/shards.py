@@ -16,19 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine import session
 from engine.arrays import Floats, Ints
 from engine.blocks import Block
 from engine.canonical import rows_at
 from engine.products import precision
 from engine.reading import Reading, load_blocks
 from engine.schema import BLOCK_ROWS, InputError, first_line
-from engine.store import SCORES, FeatureStore, part_vectors
+from engine.store import FeatureStore, part_vectors
 
 RESTORE_TIMEOUT_S = 60.0
-SUM_ERROR = 0.01
-"""How far the sum of an image's probabilities may be off 1: float16 rounds each by a 2,048th."""
-
-RANGES = "probabilities are at least 0 and sum to 1, scores are from 0 to 1; give a model's probabilities, not its logits"
+SETTLE_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -173,12 +171,6 @@ def _reset(block: Block, excluded: Ints) -> None:
     block.eligible = ~np.isin(block.rows, excluded)
 
 
-def _first_bad(block: Block) -> int:
-    """Return the first row of the block whose vector is not finite, or -1."""
-    bad = ~torch.isfinite(block.x).all(dim=1).cpu().numpy()
-    return int(block.rows[bad][0]) if bad.any() else -1
-
-
 class LocalShards:
     """All blocks in this process, worked on by as many threads as torch has, each with a block of its own."""
 
@@ -229,30 +221,59 @@ class _Shard:
 
 
 def _share(of: int, workers: int) -> float:
-    """Return what each of `workers` actors asks for of something that there is `of`: one at most, in hundredths."""
-    return max(0.01, 1.0 if workers <= of else int(100 * of / workers) / 100)
+    """Return what each of `workers` actors asks for of something that there is `of`, so that as many as must share one can.
+
+    In hundredths: no remainder of it is left on any node.
+    """
+    return max(0.01, int(100 / max(1, -(-workers // max(1, of)))) / 100)
 
 
 class RayShards:
     """Blocks on `workers` Ray actors, contiguous and as even as can be; results meet in a tree, not on the driver.
 
-    The actors share `cpus` CPUs of the cluster, and its `gpus` where they work on CUDA.
+    The actors share `cpus` CPUs of the cluster, and its `gpus` where they work on CUDA. Those that find no room wait for it.
     """
 
     def __init__(self, store: FeatureStore, workers: int, cpus: int, reading: Reading, gpus: int = 0) -> None:
         self.n, self.d = store.num_patterns, store.dim if reading.vectors else 0
         self.uri, self.reading = store.place.absolute, reading
         workers = min(workers, store.num_blocks)
-        self.cpu_share = _share(cpus, workers)
-        self.gpu_share = _share(gpus, workers) if reading.device == "cuda" else 0.0
         self.runs = [run.tolist() for run in np.array_split(np.arange(store.num_blocks), workers)]
+        self.shares = self._shares(cpus, gpus)
+        self.has = session.size()
         self.actors = [self._start(run) for run in self.runs]
+        self._settle()
+
+    def _shares(self, cpus: int, gpus: int) -> tuple[float, float]:
+        """Return the CPUs and GPUs that each actor asks for where there are so many."""
+        workers = len(self.runs)
+        return _share(cpus, workers), _share(gpus, workers) if self.reading.device == "cuda" else 0.0
 
     def _start(self, run: list[int]) -> Any:
         import ray
 
-        needs = ray.remote(_Shard).options(num_cpus=self.cpu_share, num_gpus=self.gpu_share)
-        return needs.remote(self.uri, run, self.reading)
+        num_cpus, num_gpus = self.shares
+        return ray.remote(_Shard).options(num_cpus=num_cpus, num_gpus=num_gpus).remote(self.uri, run, self.reading)
+
+    def _settle(self) -> None:
+        """Wait until the actors have their places, for nodes that come, too.
+
+        Where the cluster has become smaller and none says that it grows again, all are made again with smaller shares. What
+        goes wrong in an actor is for those to find who call it.
+        """
+        import ray
+
+        with session.waiting():
+            waiting = [actor.pid.remote() for actor in self.actors]
+            while waiting:
+                _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=SETTLE_EVERY_S)
+                had, self.has = self.has, session.size()
+                lost = self.has.cpus < had.cpus or self.has.gpus < had.gpus
+                if waiting and lost and self.has.cpus and (self.has.gpus or not self.shares[1]):
+                    self.close()
+                    self.shares = self._shares(self.has.cpus, self.has.gpus)
+                    self.actors = [self._start(run) for run in self.runs]
+                    waiting = [actor.pid.remote() for actor in self.actors]
 
     def take(self, rows: Ints) -> torch.Tensor:
         return take_patterns(self, rows)[0]
@@ -285,7 +306,7 @@ class RayShards:
             raise LostShardError(first_line(error)) from error
 
     def restore(self) -> None:
-        """Start the actors that don't answer again; they read their blocks anew."""
+        """Start the actors that don't answer again, on any node; they read their blocks anew."""
         import ray
         from ray.exceptions import GetTimeoutError, RayActorError
 
@@ -295,6 +316,7 @@ class RayShards:
             except (RayActorError, GetTimeoutError):
                 ray.kill(actor)
                 self.actors[index] = self._start(self.runs[index])
+        self._settle()
 
     def close(self) -> None:
         """Give the actors' CPUs and memory back."""
@@ -339,37 +361,3 @@ def from_array(
 def prepare(shards: Shards, excluded: Ints) -> None:
     """Make shards ready for a fresh run: no state left, and `excluded` rows not eligible."""
     shards.map(_reset, excluded)
-
-
-def check_finite(shards: Shards, uri: str) -> None:
-    """Raise InputError naming the first row whose vector has a NaN or an infinity."""
-    bad = [row for row in shards.map(_first_bad) if row >= 0]
-    if bad:
-        raise InputError(f"{uri}: the vector of row {bad[0]} holds a NaN or an infinity: embed or import it again")
-
-
-def _first_wrong(block: Block) -> tuple[int, str] | None:
-    """Return the first row of the block whose predictions can't be, and what is wrong with them."""
-    for name in block.predictions:
-        values = block.predicted(name).numpy()
-        if name in SCORES:
-            for at in np.flatnonzero(np.isinf(values).any(axis=1))[:1]:
-                return int(block.rows[at]), "an infinite score: embed the pool again"
-            continue
-        sums = values.sum(axis=1, dtype=np.float64)
-        with np.errstate(invalid="ignore"):
-            outside = (values < 0) | (values > (1 if name == "score" else np.inf))
-        bad = outside.any(axis=1) | ((np.abs(sums - 1) > SUM_ERROR) | np.isnan(sums) if name == "probs" else False)
-        for at in np.flatnonzero(bad)[:1]:
-            odd = values[at][outside[at]]
-            what = f"a {'score' if name == 'score' else 'probability'} of {odd[0]:g}" if len(odd) else f"a sum of {sums[at]:g}"
-            return int(block.rows[at]), f"{what}: {RANGES}"
-    return None
-
-
-def check_predictions(shards: Shards, uri: str) -> None:
-    """Raise InputError naming the first row whose probabilities are negative or don't sum to 1, or with such a score."""
-    for found in shards.map(_first_wrong):
-        if found:
-            row, what = found
-            raise InputError(f"{uri}: row {row} has {what}")

@@ -25,7 +25,7 @@ FLOORS = [
     {"engine.store"},
     {"engine.reading"},
     {"engine.shards", "engine.sources", "engine.weights", "engine.patterns", "engine.inputs", "engine.selections"},
-    {"engine.backbones", "engine.chosen", "engine.chunks", "engine.classes", "engine.images"},
+    {"engine.backbones", "engine.checks", "engine.chosen", "engine.chunks", "engine.classes", "engine.images"},
     {"engine.labels"},
     {"engine.records", "engine.tasks"},
     {"engine.checkpoints", "engine.gather"},

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from engine import chunks as module
+from engine import session
 from engine.chunks import Inline, OnTasks, OnThreads, Recipe, chunk_rows, decode_chunk
 from engine.decode import BadImageError, decode
 from engine.embed import LISTING, embed, embed_all
@@ -126,7 +127,8 @@ def test_batches_do_not_depend_on_chunks(sizes):
 
 
 def who(cpus, gpus, parts=100, **given):
-    found = crew(EmbedOptions(pool="", out="", **given), parts, cpus, gpus)
+    has = session.Size(cpus, gpus)
+    found = crew(EmbedOptions(pool="", out="", **given), parts, has, has)
     return found.low, found.high, found.gpus, found.decode_tasks
 
 
@@ -151,6 +153,23 @@ def who(cpus, gpus, parts=100, **given):
 )
 def test_actors_and_tasks_share_a_cluster(cpus, gpus, given, expected):
     assert who(cpus, gpus, **given) == expected
+
+
+@pytest.mark.parametrize(
+    ("up", "most", "given", "expected"),
+    [
+        ((0, 0), (64, 8), {}, (8, 8, 1.0, 7)),  # nothing is up yet: all that can come is asked for
+        ((0, 0), (64, 0), {}, (64, 64, 0.0, 0)),
+        ((4, 1), (64, 8), {"workers": 3}, (3, 3, 1.0, 20)),
+        ((0, 0), None, {}, (1, 100, 0.0, 0)),  # nobody says what can come: it begins with one
+        ((8, 2), None, {}, (2, 100, 1.0, 3)),
+        ((8, 2), None, {"workers": "4:64"}, (4, 64, 1.0, 3)),
+        ((0, 0), None, {"gpus_per_worker": 1}, (1, 100, 1.0, 0)),
+    ],
+)
+def test_actors_of_a_cluster_that_grows(up, most, given, expected):
+    found = crew(EmbedOptions(pool="", out="", **given), 100, session.Size(*up), most and session.Size(*most))
+    assert (found.low, found.high, found.gpus, found.decode_tasks) == expected
 
 
 def test_no_more_actors_than_parts():

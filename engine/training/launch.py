@@ -114,16 +114,12 @@ def work(config: dict[str, Any]) -> None:
 def on_ray(job: Job, max_failures: int, progress: Progress) -> None:
     """Train on Ray Train's workers; a group with a dead one starts again from the newest checkpoint.
 
-    Raises InputError where the machine is too small, RunError where workers fail too often.
+    Where an autoscaler may bring nodes, workers are waited for. Raises InputError where there can never be so many,
+    RunError where workers fail too often.
     """
     import ray
 
-    needed, there = job.workers * job.threads, session.cpus()
-    if needed > there and len(ray.nodes()) == 1:
-        raise InputError(
-            f"--workers {job.workers} x --cpus-per-worker {job.threads} need {needed} CPUs, this machine has {there}: pass "
-            "fewer, or join a cluster with --address"
-        )
+    _check_room(job)
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
     failures: list[BaseException] = []
@@ -131,10 +127,12 @@ def on_ray(job: Job, max_failures: int, progress: Progress) -> None:
     run = threading.Thread(target=_fit, args=(job, max_failures, board, place, failures), daemon=True)
     run.start()
     try:
-        while run.is_alive():
-            run.join(LOOK_EVERY_S)
-            for shown in ray.get(board.take.remote()):
-                progress(*shown)
+        with session.waiting() as moved:
+            while run.is_alive():
+                run.join(LOOK_EVERY_S)
+                for shown in ray.get(board.take.remote()):
+                    moved()
+                    progress(*shown)
         verdict = ray.get(board.verdict.remote())
         ray.kill(board)
     except ray.exceptions.RayError as error:  # the board is beside this process: without it there is no session any more
@@ -153,6 +151,23 @@ def on_ray(job: Job, max_failures: int, progress: Progress) -> None:
         raise {"InputError": InputError, "RunError": RunError}[verdict[0]](verdict[1])
     if failures:
         raise _too_often(job, max_failures, failures[0]) from failures[0]
+
+
+def _check_room(job: Job) -> None:
+    """Raise InputError for more workers than the cluster can ever have room for, where that is known."""
+    most = session.most()
+    if most is None:
+        return
+    for flag, each, there, name in (
+        ("--cpus-per-worker", job.threads, most.cpus, "CPUs"),
+        ("--gpus-per-worker", job.gpus, most.gpus, "GPUs"),
+    ):
+        needed = job.workers * each
+        if needed > there:
+            raise InputError(
+                f"--workers {job.workers} x {flag} {each:g} need {needed:g} {name}, {session.reach()} {there}: pass fewer, or "
+                "join a larger cluster with --address"
+            )
 
 
 def _fit(job: Job, max_failures: int, board: Any, place: Place, failures: list[BaseException]) -> None:

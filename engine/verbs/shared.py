@@ -128,7 +128,8 @@ class ActorOptions:
     workers: Annotated[
         str | int | None,
         Opt(
-            "Ray actors: N, or MIN:MAX as the cluster has room; 0 works in this process. Default: one a GPU, else one a CPU.",
+            "Ray actors: N, or MIN:MAX as the cluster has room; 0 works in this process. Default: one for each GPU, else CPU, "
+            "that the cluster can have.",
             metavar="N|MIN:MAX",
             result=False,
         ),
