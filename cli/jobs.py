@@ -57,7 +57,7 @@ class Reporter:
 
 
 def _run(options: RunOptions, flags: dict[str, bool]) -> None:
-    from jobs.results import make_table
+    from jobs.results import make_tables
     from jobs.run import begin, open_job, run_steps
 
     job = open_job(options, options.address)
@@ -77,13 +77,13 @@ def _run(options: RunOptions, flags: dict[str, bool]) -> None:
             f"(id,label) or COCO labels.json into {last['folder']} and run the same command again",
         )
         raise typer.Exit(WAITING)
-    table = make_table(job.file, job.all_steps)
-    if table is not None and not ui.json:
+    tables = make_tables(job.file, job.all_steps)
+    for table in tables if not ui.json else ():
         _print_table(table)
     again = sum(step["already_done"] for step in reporter.facts)
     before = f" ({again} done before)" if again else ""
     ui.result(
-        {**facts, "steps": reporter.facts, "table": table},
+        {**facts, "steps": reporter.facts, "tables": tables},
         f"{job.file.out}: {len(job.steps)} steps done{before}",
     )
 
@@ -127,7 +127,8 @@ def _jobs(options: Any, flags: dict[str, bool]) -> None:
         return
     for file in files:
         about = " ".join((file.about or "").split())
-        output.say(f"{file.name}: {about}" + (f" ({file.source})" if file.source else ""))
+        source = " ".join((file.source or "").split())
+        output.say(f"{file.name}: {about}" + (f" ({source})" if source else ""))
 
 
 def _submit(options: SubmitOptions, flags: dict[str, bool]) -> None:

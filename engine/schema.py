@@ -96,6 +96,16 @@ class Field:
 
 def fields_of(options: type[Any]) -> list[Field]:
     """Return the declared options of a dataclass, in order: its own, then those that it shares with others."""
+    if options not in _DECLARED:
+        _DECLARED[options] = _declared(options)
+    return list(_DECLARED[options])
+
+
+_DECLARED: dict[type[Any], list[Field]] = {}
+"""By dataclass: a job of hundreds of steps asks for each of them, and annotations that are text are compiled every time."""
+
+
+def _declared(options: type[Any]) -> list[Field]:
     hints = typing.get_type_hints(options, include_extras=True)
     found = []
     for field in sorted(dataclasses.fields(options), key=lambda field: field.name not in options.__annotations__):

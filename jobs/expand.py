@@ -35,10 +35,12 @@ OURS = {"out": "a step's folder is OUT/<its name>: name it with `as`", "address"
 """Options that no step gives."""
 RESERVED = ("pool", "out", "seed", "data")
 KEYS: dict[str, tuple[str, ...]] = {
+    "select": (),
     "finetune": (),
     "evaluate": (),
     "compare": ("strategy", "budget"),
     "rounds": ("round", "labeled"),
+    "curves": ("strategy", "labeled"),
 }
 """Verbs that have metrics, and by what, beside the loops' variables, their figures are told apart."""
 SHOWN_PROBLEMS = 8
@@ -66,7 +68,7 @@ def expand(file: JobFile, address: str | None = None) -> list[Step]:
     _check_names(file, made)
     if not made.problems:
         _expand(file.steps, "steps", file, scope, made)
-        _check_table(file, made)
+        _check_tables(file, made)
     if made.problems:
         found = list(dict.fromkeys(made.problems))
         more = f"; and {len(found) - SHOWN_PROBLEMS} more" if len(found) > SHOWN_PROBLEMS else ""
@@ -103,11 +105,13 @@ def _check_names(file: JobFile, made: _Made) -> None:
         for index, entry in enumerate(entries):
             here = f"{path}[{index}]"
             if entry.loop is not None:
-                for variable in entry.loop:
-                    if variable in around or variable in ("out", "data"):
-                        made.problems.append(f"{here}.for.{variable}: the name is taken: call the variable something else")
-                variables.update(entry.loop)
-                walk(entry.steps or (), f"{here}.steps", around | entry.loop.keys())
+                inside = set(around)
+                for path_of, name in _names_of(entry.loop):
+                    if name in inside or name in ("out", "data"):
+                        made.problems.append(f"{here}.for.{path_of}: the name is taken: call it something else")
+                    inside.add(name)
+                variables.update(inside)
+                walk(entry.steps or (), f"{here}.steps", frozenset(inside))
             elif entry.called in steps:
                 twice = f"{steps[entry.called]} and {here} are both called {entry.called!r}"
                 made.problems.append(f"{twice}: give one a name of its own, `as: NAME`")
@@ -120,15 +124,25 @@ def _check_names(file: JobFile, made: _Made) -> None:
             made.problems.append(f"{here} is called {name!r}, as something else is: give it another name, `as: NAME`")
 
 
+def _names_of(loop: Mapping[str, Mapping[str, Mapping[str, JsonValue]]]) -> Iterator[tuple[str, str]]:
+    """Yield the path and name of every variable of a loop, and of what its values bring along."""
+    for variable, values in loop.items():
+        yield variable, variable
+        first, brought = next(iter(values.items()))
+        for name in brought:
+            yield f"{variable}.{first}.{name}", name
+
+
 def _expand(entries: Iterable[Entry], path: str, file: JobFile, scope: Scope, made: _Made) -> None:
     for index, entry in enumerate(entries):
         here = f"{path}[{index}]"
         if entry.loop is None:
             _add(entry, f"{here}.{entry.verb}", file, scope, made)
             continue
-        for values in itertools.product(*entry.loop.values()):
-            inner = dict(zip(entry.loop, values, strict=True))
-            within = replace(scope, values={**scope.values, **inner}, variables={**scope.variables, **inner})
+        for chosen in itertools.product(*(values.items() for values in entry.loop.values())):
+            inner = {variable: value for variable, (value, _) in zip(entry.loop, chosen, strict=True)}
+            brought = {name: value for _, more in chosen for name, value in more.items()}
+            within = replace(scope, values={**scope.values, **inner, **brought}, variables={**scope.variables, **inner})
             _expand(entry.steps or (), f"{here}.steps", file, within, made)
 
 
@@ -162,7 +176,8 @@ def _values(
     for key, option, raw in _given(entry, path, file, scope, declared, made):
         try:
             value = resolved(raw, scope, reads, takes_many(option))
-            values[option.name] = check_option(option, as_option(option, value))
+            if value is not None:
+                values[option.name] = check_option(option, as_option(option, value))
         except BadValueError as bad:
             made.problems.append(f"{key}{bad}")
         except InputError as error:
@@ -204,20 +219,22 @@ def _is_for(verb: str, option: Field, value: JsonValue) -> bool:
     return verb not in TRAINERS and (str in typing.get_args(option.type) or ":" not in str(value))
 
 
-def _check_table(file: JobFile, made: _Made) -> None:
-    """Note a table that names a step or variables that there are not."""
-    table = file.table
-    if table is None or made.problems:
-        return
+def _check_tables(file: JobFile, made: _Made) -> None:
+    """Note tables that name steps or variables that there are not."""
     steps = {step.name: step for step in made.steps}
-    if table.step not in steps:
-        made.problems.append(f"table.step is {table.step!r}{nearest(table.step, steps)} (steps: {', '.join(steps)})")
-        return
-    step = steps[table.step]
-    if step.verb not in KEYS:
-        made.problems.append(f"table.step is {table.step!r}, and {step.verb} has no metrics ({', '.join(KEYS)} have)")
-        return
-    names = [*step.variables, *KEYS[step.verb]]
-    for key, name in (("rows", table.rows), ("columns", table.columns)):
-        if name is not None and name not in names:
-            made.problems.append(f"table.{key} is {name!r}{nearest(name, names)} (one of: {', '.join(names)})")
+    for index, table in enumerate(file.all_tables if not made.problems else ()):
+        at = "table" if table is file.table else f"tables[{index - (file.table is not None)}]"
+        for name in table.steps:
+            if name not in steps:
+                made.problems.append(f"{at}.step is {name!r}{nearest(name, steps)} (steps: {', '.join(steps)})")
+                continue
+            step = steps[name]
+            if step.verb not in KEYS:
+                made.problems.append(f"{at}.step is {name!r}, and {step.verb} has no metrics ({', '.join(KEYS)} have)")
+                continue
+            known = [*step.variables, *KEYS[step.verb]]
+            used = [("rows", table.rows), ("columns", table.columns), *(("only", variable) for variable in table.only)]
+            for key, variable in used:
+                if variable is not None and variable not in known:
+                    near = nearest(variable, known)
+                    made.problems.append(f"{at}.{key} is {variable!r}{near} (one of those of {name}: {', '.join(known)})")

@@ -13,6 +13,8 @@
         steps:
           - select: {features: $features, strategy: $strategy, budget: $budget}
 
+A loop's values may bring others along: `strategy: {random: {store: features}, freesel: {store: patterns}}` has $store, too.
+
 `small`, and `--set KEY=VALUE`, lie over it (jobs/overlay.py); jobs/expand.py makes of it the steps that are run.
 """
 
@@ -20,16 +22,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
+    PlainSerializer,
     StringConstraints,
     ValidationError,
-    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -46,19 +49,56 @@ Options = dict[str, JsonValue]
 Published = dict[str, dict[str, float | None]]
 
 
+def _refuse(message: str) -> None:
+    raise PydanticCustomError("job", "{message}", {"message": message})
+
+
+def _as_mapping(values: Any) -> Any:
+    """Return a loop's values, each with what it brings along: a list brings nothing. Refuses what is neither, or uneven."""
+    if not isinstance(values, (list, dict)):
+        _refuse(
+            f"it takes a list: [A, B], or what each brings along: {{A: {{NAME: VALUE}}, B: {{NAME: VALUE}}}}, not {values!r}"
+        )
+    if not values:
+        _refuse("it takes one value or more")
+    if isinstance(values, list):
+        texts = [value for value in values if isinstance(value, str)]
+        if len(set(texts)) != len(values):
+            _refuse(f"takes {values}: give one value or more, each once")
+        return {value: {} for value in texts}
+    found = {value: {} if brought is None else brought for value, brought in values.items()}
+    names = [brought.keys() if isinstance(brought, dict) else None for brought in found.values()]
+    if any(name != names[0] for name in names):
+        _refuse(f"takes {', '.join(found)}: each must bring the same names along")
+    return found
+
+
+def _as_written(values: dict[str, Any]) -> object:
+    return values if any(values.values()) else list(values)
+
+
+Values = Annotated[dict[str, dict[Name, JsonValue]], BeforeValidator(_as_mapping), PlainSerializer(_as_written)]
+"""A loop's values, and the further names that each of them brings along."""
+Names = Annotated[tuple[Name, ...], BeforeValidator(lambda names: [names] if isinstance(names, str) else names)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
 class Table(_Strict):
-    """The table that the run ends with: one metric of one step's passes, beside what was published."""
+    """A table that the run ends with: one metric of a step's passes, beside what was published."""
 
-    step: Name
+    title: str | None = None
+    steps: Names = Field(alias="step", min_length=1)
+    """One, or several whose passes make the table together."""
     metric: str
     rows: Name
     """A loop variable; of compare: `strategy`; of rounds: `round`, `labeled`."""
     columns: Name | None = None
     """Another. What is neither (seeds) is averaged."""
+    only: dict[Name, str] = {}
+    """Variables that are neither, and the value whose figures alone count."""
     scale: float = Field(default=1.0, gt=0)
     """What our figures are multiplied by to have the published ones' unit."""
     published: Published = {}
@@ -76,7 +116,7 @@ class Overlay(_Strict):
     resources: Options = {}
     table: dict[str, JsonValue] | None = None
     steps: dict[Name, Options] = {}
-    loops: dict[Name, list[str]] = Field(default={}, alias="for")
+    loops: dict[Name, Values] = Field(default={}, alias="for")
 
 
 class Entry(BaseModel):
@@ -86,7 +126,7 @@ class Entry(BaseModel):
     __pydantic_extra__: dict[str, Options | None]
 
     name: Name | None = Field(default=None, alias="as")
-    loop: dict[Name, list[str]] | None = Field(default=None, alias="for")
+    loop: dict[Name, Values] | None = Field(default=None, alias="for")
     steps: list[Entry] | None = None
 
     @property
@@ -117,14 +157,6 @@ class Entry(BaseModel):
             _refuse(f"a step is one verb ({', '.join(JOB_VERBS)}) and its options" + (f", not {verbs}" if verbs else ""))
         return self
 
-    @field_validator("loop")
-    @classmethod
-    def _distinct(cls, loop: dict[str, list[str]] | None) -> dict[str, list[str]] | None:
-        for variable, values in (loop or {}).items():
-            if not values or len(set(values)) != len(values):
-                _refuse(f"{variable} takes {values}: give one value or more, each once")
-        return loop
-
 
 class JobFile(_Strict):
     """A job, as it is written."""
@@ -139,15 +171,17 @@ class JobFile(_Strict):
     resources: Options = {}
     steps: list[Entry] = Field(min_length=1)
     table: Table | None = None
+    tables: list[Table] = []
     small: Overlay | None = None
+
+    @property
+    def all_tables(self) -> list[Table]:
+        """`table` and `tables`."""
+        return [*([self.table] if self.table else []), *self.tables]
 
     def as_yaml(self) -> str:
         """Return the file as YAML, without what lay over it."""
         return to_yaml(self.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude={"small"}))
-
-
-def _refuse(message: str) -> None:
-    raise PydanticCustomError("job", "{message}", {"message": message})
 
 
 def shipped() -> dict[str, Path]:
@@ -203,7 +237,7 @@ def _keys_of(model: type[BaseModel]) -> list[str]:
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
-PARTS: dict[str, type[BaseModel]] = {"table": Table, "small": Overlay}
+PARTS: dict[str, type[BaseModel]] = {"table": Table, "tables": Table, "small": Overlay}
 """The models below a file's keys that refuse unknown ones."""
 WORDS = {
     "string_type": "it takes a text",
@@ -223,7 +257,8 @@ def _problem(detail: ErrorDetails, model: type[BaseModel]) -> str:
     kind, value = detail["type"], detail["input"]
     path = key_path(keys) or "the file"
     if kind == "extra_forbidden":
-        inside = PARTS.get(str(keys[-2]), model) if len(keys) > 1 else model
+        around = [key for key in keys[:-1] if isinstance(key, str)]
+        inside = PARTS.get(around[-1], model) if around else model
         allowed = _keys_of(inside)
         return f"unknown key {path}{nearest(str(keys[-1]), allowed)} (one of: {', '.join(allowed)})"
     if kind == "missing":

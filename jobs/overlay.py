@@ -1,7 +1,8 @@
 """What lies over a job file: its own `small`, then each --set KEY=VALUE.
 
 Both say the same things: `pool`, `out`, `seed`, `name`; `data.NAME`, `resources.NAME`, `table.KEY`; `steps.STEP.OPTION`, a
-step by its name wherever it stands; `for.VARIABLE`, the values of a loop. A null takes a key away.
+step by its name wherever it stands; `for.VARIABLE`, the values of a loop. A null takes a key away; a null of `data`
+stays, and leaves out the options that name it.
 """
 
 from __future__ import annotations
@@ -84,7 +85,13 @@ def _laid_over(raw: Raw, overlay: Raw, origin: str) -> Raw:
             if variable in loop:
                 loop[variable] = values
     rest = {key: value for key, value in overlay.items() if key not in ("steps", "for")}
-    return {**_merged({key: value for key, value in raw.items() if key != "small"}, rest), "steps": steps}
+    below = {key: value for key, value in raw.items() if key != "small"}
+    data = _raw_mapping(raw.get("data"))
+    for name in _raw_mapping(overlay.get("data")):
+        if name not in data:
+            raise InputError(f"{origin}: no data {name!r}{nearest(name, data)} (data: {', '.join(data) or 'none'})")
+    data = {**data, **_raw_mapping(overlay.get("data"))}
+    return {**_merged(below, rest), **({"data": data} if data else {}), "steps": steps}
 
 
 def _copy(value: JsonValue) -> JsonValue:
@@ -116,9 +123,18 @@ def _merged(old: Raw, new: Raw) -> Raw:
 
 def _by_column(raw: Raw, name: str) -> Raw:
     """Return the file with published rows that are lists as mappings: by the values that the loop has in the file itself."""
-    table = raw.get("table")
+    found = dict(raw)
+    if "table" in raw:
+        found["table"] = _with_columns(raw, raw["table"], f"{name}: table")
+    if isinstance(tables := raw.get("tables"), list):
+        found["tables"] = [_with_columns(raw, table, f"{name}: tables[{index}]") for index, table in enumerate(tables)]
+    return found
+
+
+def _with_columns(raw: Raw, table: JsonValue, at: str) -> JsonValue:
+    """Return one table so; what is no table is left to the check of the file."""
     if not isinstance(table, dict) or not isinstance(published := table.get("published"), dict):
-        return raw
+        return table
     columns = table.get("columns")
     loops = [loop for entry in entries(raw.get("steps")) if isinstance(loop := entry.get("for"), dict)]
     values = next((loop[columns] for loop in loops if isinstance(columns, str) and columns in loop), None)
@@ -127,14 +143,13 @@ def _by_column(raw: Raw, name: str) -> Raw:
         if not isinstance(figures, list):
             found[row] = figures
             continue
-        if not isinstance(values, list):
+        if not isinstance(values, (list, dict)):
             raise InputError(
-                f"{name}: table.published.{row} is a list, and {columns!r} no loop's variable: give {{COLUMN: FIGURE, ...}}"
+                f"{at}.published.{row} is a list, and {columns!r} no loop's variable: give {{COLUMN: FIGURE, ...}}"
             )
         if len(figures) != len(values):
-            raise InputError(
-                f"{name}: table.published.{row} has {len(figures)} figures, {columns} {len(values)} values ({values}): give "
-                "one for each, null where there is none"
-            )
+            known = f"{columns} {len(values)} values ({', '.join(map(str, values))})"
+            told = f"has {len(figures)} figures, {known}: give one for each, null where there is none"
+            raise InputError(f"{at}.published.{row} {told}")
         found[row] = dict(zip((str(value) for value in values), figures, strict=True))
-    return {**raw, "table": {**table, "published": found}}
+    return {**table, "published": found}

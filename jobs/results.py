@@ -1,4 +1,4 @@
-"""The table that a job ends with: one metric of one step's passes, ours beside what was published."""
+"""The tables that a job ends with: one metric of some steps' passes each, ours beside what was published."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from engine.schema import InputError, nearest
 from jobs.jobfile import JobFile, Table
 from jobs.step import Step
 
-FILES = ("table.json", "table.md")
 DASH = "-"
 
 
@@ -31,28 +30,30 @@ class Cell:
     published: float | None
 
 
-def make_table(file: JobFile, steps: Sequence[Step]) -> dict[str, Any] | None:
-    """Return a job's table as JSON-ready facts, of the passes that are done; write it to OUT; None where the file has none.
+def make_tables(file: JobFile, steps: Sequence[Step]) -> list[dict[str, Any]]:
+    """Return a job's tables as JSON-ready facts, of the passes that are done; write them to OUT, if there are any.
 
     Raises InputError where no pass has such a metric.
     """
-    table = file.table
-    if table is None:
-        return None
-    cells = _cells(table, [step for step in steps if step.name == table.step])
-    facts = {
-        "title": f"{table.metric} of {table.step}" + (f" x {table.scale:g}" if table.scale != 1 else ""),
+    tables = [_facts(table, steps, file.source) for table in file.all_tables]
+    if tables:
+        out = Place(file.out)
+        out.at("table.json").write(masked(json.dumps(tables, indent=2, ensure_ascii=False) + "\n").encode())
+        out.at("table.md").write(masked("\n".join(map(_markdown, tables))).encode())
+    return tables
+
+
+def _facts(table: Table, steps: Sequence[Step], source: str | None) -> dict[str, Any]:
+    named = f"{table.metric} of {' and '.join(table.steps)}" + (f" x {table.scale:g}" if table.scale != 1 else "")
+    return {
+        "title": table.title or named,
         "metric": table.metric,
         "scale": table.scale,
         "rows": table.rows,
         "columns": table.columns,
-        "source": file.source,
-        "cells": [cell.__dict__ for cell in cells],
+        "source": source,
+        "cells": [cell.__dict__ for cell in _cells(table, [step for step in steps if step.name in table.steps])],
     }
-    out = Place(file.out)
-    out.at("table.json").write(masked(json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
-    out.at("table.md").write(masked(_markdown(facts)).encode())
-    return facts
 
 
 def _cells(table: Table, steps: Sequence[Step]) -> list[Cell]:
@@ -69,6 +70,8 @@ def _cells(table: Table, steps: Sequence[Step]) -> list[Cell]:
             if record["metric"] != table.metric:
                 continue
             names = {**step.variables, **{key: str(value) for key, value in record["names"].items()}}
+            if any(names.get(variable) != value for variable, value in table.only.items()):
+                continue
             key = names[table.rows], names[table.columns] if table.columns is not None else table.metric
             values.setdefault(key, [])
             if record["value"] is not None:
@@ -78,7 +81,8 @@ def _cells(table: Table, steps: Sequence[Step]) -> list[Cell]:
     if some and table.metric not in measured:
         shown = ", ".join(sorted(measured))
         near = nearest(table.metric, measured)
-        raise InputError(f"every step is done, but table.metric is {table.metric!r}{near}: {table.step} measures {shown}")
+        named = ", ".join(table.steps)
+        raise InputError(f"every step is done, but table.metric is {table.metric!r}{near}: {named} measures {shown}")
     return [_cell(key, values.get(key, []), spread.get(key), table.published) for key in _order(values, table.published)]
 
 
@@ -114,15 +118,27 @@ def _records(manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if kind == "comparison":
         for row in manifest["table"]:
             names = {"strategy": row["strategy"], "budget": row["budget"]}
-            yield {"metric": row["metric"], "value": row["mean"], "std": row["std"], "seeds": row["seeds"], "names": names}
+            yield {"metric": row["metric"], "value": row["mean"], **_spread(row), "names": names}
     elif kind == "rounds":
         for row in manifest["table"]:
             names = {"round": row["round"], "labeled": row["labeled"]}
             for metric in row["metrics"]:
                 yield {**metric, "names": names}
+    elif kind == "curves":
+        for row in manifest["saved"]:
+            yield {"metric": "saved", "value": row["mean"], **_spread(row), "names": {"strategy": row["strategy"]}}
+        for row in manifest["table"]:
+            names = {"strategy": row["strategy"], "labeled": row["labeled"]}
+            yield {"metric": manifest["metric"], "value": row["mean"], **_spread(row), "names": names}
+    elif kind == "selection":
+        yield {"metric": "seconds", "value": manifest["time"]["seconds_s"], "names": {}}
     else:
         for metric in manifest["metrics"]:
             yield {**metric, "names": {}}
+
+
+def _spread(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"std": row["std"], "seeds": row["seeds"]}
 
 
 def grid(facts: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -152,5 +168,6 @@ def _figure(value: float | None, digits: int) -> str:
 def _markdown(facts: Mapping[str, Any]) -> str:
     header, rows = grid(facts)
     lines = [header, ["---"] * len(header), *rows]
-    source = f"Published: {facts['source']}\n" if facts["source"] else ""
-    return f"{facts['title']}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{source}"
+    told = facts["source"] and any(cell["published"] is not None for cell in facts["cells"])
+    source = f"\nPublished: {facts['source'].strip()}\n" if told else ""
+    return f"{facts['title']}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n{source}"

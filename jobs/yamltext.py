@@ -48,14 +48,26 @@ def _value(node: yaml.Node, name: str, above: tuple[yaml.Node, ...]) -> JsonValu
     if isinstance(node, yaml.SequenceNode):
         return [_value(item, name, around) for item in node.value]
     found: dict[str, JsonValue] = {}
+    merged: dict[str, JsonValue] = {}
     for key_node, item in node.value:
+        if key_node.tag == f"{STANDARD}merge":
+            merged |= _merged(item, name, around)
+            continue
         key = _value(key_node, name, around)
         if not isinstance(key, str):
             raise _at(name, key_node.start_mark, "a key must be a word")
         if key in found:
             raise _at(name, key_node.start_mark, f"{key!r} is given twice")
         found[key] = _value(item, name, around)
-    return found
+    return {**merged, **found}
+
+
+def _merged(node: yaml.Node, name: str, around: tuple[yaml.Node, ...]) -> dict[str, JsonValue]:
+    """Return what `<<` brings into a mapping: another one's keys."""
+    value = _value(node, name, around)
+    if not isinstance(value, dict):
+        raise _at(name, node.start_mark, "<< takes keys and values, as *anchor gives them")
+    return value
 
 
 def to_yaml(value: JsonValue) -> str:

@@ -59,12 +59,12 @@ def test_it_runs_once_and_goes_on(job, tmp_path, capsys):
     assert "[1/9] features: coresift embed " in err
     assert f"[1/9] features: done before | {tmp_path}/out/features: 12 vectors of 192 floats" in err
     assert "[3/9] worth/random-0: " in err
-    assert [(cell["row"], cell["passes"], cell["published"]) for cell in whole["table"]["cells"]] == [
+    assert [(cell["row"], cell["passes"], cell["published"]) for cell in whole["tables"][0]["cells"]] == [
         ("random", 2, 50),
         ("coreset", 2, None),
         ("other", 0, 60),
     ]
-    assert json.loads((tmp_path / "out" / "table.json").read_text()) == whole["table"]
+    assert json.loads((tmp_path / "out" / "table.json").read_text()) == whole["tables"]
     assert run(["run", job]) == 0
     shown = capsys.readouterr()
     assert "│ other" in shown.out
@@ -183,7 +183,7 @@ def test_rounds_that_wait_for_labels_end_the_job(tmp_path, digits, capsys):
     assert run(words) == 0
     said = json.loads(capsys.readouterr().out)
     assert [step["already_done"] for step in said["steps"]] == [True, True, False, False]
-    ((row, mean),) = [(cell["row"], cell["mean"]) for cell in said["table"]["cells"]]
+    ((row, mean),) = [(cell["row"], cell["mean"]) for cell in said["tables"][0]["cells"]]
     assert row == "0"
     assert mean > 20
 

@@ -121,6 +121,16 @@ def test_a_round_is_what_the_verbs_give_one_by_one(finished, stores, tmp_path):
     assert open_selection(str(tmp_path / "picks")).picks.tolist() == picks_of(out, 2)
 
 
+def test_each_round_may_add_another_number(finished, stores, tmp_path):
+    manifest = rounds.rounds(told(stores, tmp_path / "out", add="20,5%,20", rounds=4))
+    assert manifest["add"] == [20, 30, 20]
+    assert [found["labeled"] for found in manifest["table"]] == [30, 50, 80, 100]
+    assert [len(picks) for picks in all_picks(tmp_path / "out", 4)] == [30, 20, 30, 20]
+    assert picks_of(tmp_path / "out", 1) == picks_of(finished[0], 1)[:20]
+    with pytest.raises(InputError, match="add"):
+        rounds.rounds(told(stores, tmp_path / "out", add="20", rounds=4))
+
+
 def test_the_same_command_again_does_nothing(finished, stores):
     out, manifest = finished
     assert rounds.rounds(told(stores, out)) == manifest
@@ -344,7 +354,9 @@ def test_a_column_by_name(stores, tmp_path):
         ({"strategy_option": ("aggregates=max",)}, "unknown option 'aggregates'"),
         ({"start_strategy": "entropy"}, "no model is trained yet"),
         ({"start": 0}, "--start: budget '0' must be positive"),
-        ({"add": "1,2"}, "--add '1,2' names 2 budgets"),
+        ({"start": "1,2"}, "--start '1,2' names 2 budgets: it takes one"),
+        ({"add": "1,2,3"}, "--add '1,2,3' names 3 budgets, and --rounds 3 has 2 after the start"),
+        ({"start": 400, "add": "100,200"}, "--add 100, 200 and --rounds 3 want 700 labels, and there are 600 images"),
         ({"start": 400, "add": "100", "rounds": 4}, "want 700 labels, and there are 600 images: at most --rounds 3"),
         ({"oracle": "nowhere.csv"}, "--oracle 'nowhere.csv' does not exist"),
         ({"test": "nowhere"}, "nowhere does not exist"),

@@ -24,7 +24,10 @@ FEATURES = "features"
 
 @dataclass(frozen=True)
 class Plan:
-    """A run of rounds: `start` labels in round 0, `add` in each of the others; `chosen` are the strategies' options."""
+    """A run of rounds: `start` labels in round 0, `add` in each of the others, or in one after the other.
+
+    `chosen` are the strategies' options.
+    """
 
     options: RoundsOptions
     oracle: Oracle
@@ -32,7 +35,16 @@ class Plan:
     chosen: Any
     start_chosen: Any
     start: int
-    add: int
+    add: tuple[int, ...]
+
+    def count(self, number: int) -> int:
+        """Return how many images a round picks."""
+        return self.start if number == 0 else self.add[0 if len(self.add) == 1 else number - 1]
+
+    @property
+    def added(self) -> int | list[int]:
+        """`add` as manifests have it: one number where all rounds add as many."""
+        return self.add[0] if len(self.add) == 1 else list(self.add)
 
     @property
     def out(self) -> Place:
@@ -113,26 +125,36 @@ class Learner(Protocol):
         """Train on everything labelled in a round's folder, or return what was trained there; publish the model."""
 
 
-def counts_of(options: RoundsOptions, num_rows: int) -> tuple[int, int]:
-    """Return how many labels --start and --add are; raises InputError where all rounds want more than there are images."""
-    counts = []
-    for flag, text in (("--start", options.start), ("--add", options.add)):
-        try:
-            found = parse_budgets(text, num_rows, num_rows)
-        except InputError as error:
-            raise InputError(f"{flag}: {error}") from None
-        if len(found) > 1:
-            raise InputError(f"{flag} {text!r} names {len(found)} budgets: it takes one")
-        counts += found
-    start, add = counts
-    wanted = start + (options.rounds - 1) * add
-    if wanted > num_rows:
-        most = 1 + (num_rows - start) // add
+def counts_of(options: RoundsOptions, num_rows: int) -> tuple[int, tuple[int, ...]]:
+    """Return how many labels --start and --add are, the latter one number for all later rounds, or one for each.
+
+    Raises InputError where --add has another number of them, and where all rounds want more than there are images.
+    """
+    start, add, later = _counts("--start", options.start, num_rows), _counts("--add", options.add, num_rows), options.rounds - 1
+    if len(start) > 1:
+        raise InputError(f"--start {options.start!r} names {len(start)} budgets: it takes one")
+    if len(add) not in (1, later):
         raise InputError(
-            f"--start {start:,}, --add {add:,} and --rounds {options.rounds} want {wanted:,} labels, and there are "
-            f"{num_rows:,} images: at most --rounds {most}"
+            f"--add {options.add!r} names {len(add)} budgets, and --rounds {options.rounds} has {later} after the start: it "
+            "takes one, or one for each of them"
         )
-    return start, add
+    wanted = start[0] + (add[0] * later if len(add) == 1 else sum(add))
+    if wanted > num_rows:
+        most = f": at most --rounds {1 + (num_rows - start[0]) // add[0]}" if len(add) == 1 else ""
+        added = ", ".join(f"{count:,}" for count in add)
+        raise InputError(
+            f"--start {start[0]:,}, --add {added} and --rounds {options.rounds} want {wanted:,} labels, and there are "
+            f"{num_rows:,} images{most}"
+        )
+    return start[0], add
+
+
+def _counts(flag: str, text: str, num_rows: int) -> tuple[int, ...]:
+    """Return the count that each part of an option's text is, in order; the same one may come again."""
+    try:
+        return tuple(count for part in text.split(",") for count in parse_budgets(part, num_rows, num_rows))
+    except InputError as error:
+        raise InputError(f"{flag}: {error}") from None
 
 
 def check_strategy(name: str, pairs: Iterable[str], flag: str) -> tuple[Strategy, Any]:

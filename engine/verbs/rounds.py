@@ -55,7 +55,10 @@ class RoundsOptions(ModelOptions):
     start: Annotated[str, Opt("Labels of round 0: a count, or a percentage of the pool.", metavar="N|P%", result=False)] = (
         "1000"
     )
-    add: Annotated[str, Opt("Labels that each later round adds.", metavar="N|P%", result=False)] = "1000"
+    add: Annotated[
+        str,
+        Opt("Labels that each later round adds; or a number for each of them: 2000,4000,6000.", metavar="N|P%", result=False),
+    ] = "1000"
     rounds: Annotated[
         int, Opt("Trainings in all, the start's included: start + (rounds - 1) x add labels at the end.", min=1, result=False)
     ] = 10
