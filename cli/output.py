@@ -198,6 +198,33 @@ def comparison_tables(rows: list[dict[str, Any]]) -> None:
         table(f"{budget} labels, mean ± standard deviation over {seeds} seeds", ["strategy", *metrics], list(lines.values()))
 
 
+def assessment_tables(title: str, facts: dict[str, Any]) -> None:
+    """Print the figures and the curve, each beside random draws."""
+    lines = [
+        [
+            figure["metric"],
+            number(figure["value"], 4),
+            f"{figure['random_mean']:.4f} ± {figure['random_std']:.4f}",
+            f"{100 * (figure['value'] / figure['random_mean'] - 1):+.1f} %" if figure["random_mean"] else "-",
+        ]
+        for figure in facts["figures"]
+    ]
+    draws = facts["figures"][0]["draws"]
+    table(title, ["figure", "selection", f"random, mean ± std of {draws}", "difference"], lines)
+    header = ["first picks", "mean_distance", "random", "covering_radius", "random"]
+    points = [
+        [
+            f"{point['num_picks']:,}",
+            number(point["mean_distance"], 4),
+            f"{point['random_mean_distance']:.4f} ± {point['random_std_mean_distance']:.4f}",
+            number(point["covering_radius"], 4),
+            f"{point['random_covering_radius']:.4f} ± {point['random_std_covering_radius']:.4f}",
+        ]
+        for point in facts["curve"]
+    ]
+    table("what a smaller budget would have covered (in pick order)", header, points)
+
+
 def curves_tables(manifest: dict[str, Any]) -> None:
     """Print a row for each strategy and a column for each number of labels; then the labels saved."""
     digits, rows = digits_of(manifest["metric"]) - 1, manifest["table"]

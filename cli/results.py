@@ -87,6 +87,20 @@ def _dedup(options: Any, manifest: dict[str, Any], is_old: IsOld) -> Told:
     return Told({**facts, **{key: manifest[key] for key in keys}}, f"{options.out}: {_before(done)}{found}{spent}")
 
 
+def _assess(options: Any, facts: dict[str, Any], is_old: IsOld) -> Told:
+    keys = ("num_picks", "num_labeled", "figures", "curve", "knee", "histogram", "warnings", "sample")
+    sample, bend = facts["sample"], facts["knee"]
+    said = [f"distances measured on a sample of {sample:,} vectors"] if sample else []
+    if bend is not None:
+        said.append(f"the curve bends most at {bend:,} of {facts['num_picks']:,} picks: later ones add less")
+    said += [f"warning: {text}" for text in facts["warnings"]] or ["no worse than random picks on any figure"]
+    return Told(
+        {"command": "assess", "selection": options.selection, **{key: facts[key] for key in keys}},
+        "\n".join(said),
+        partial(output.assessment_tables, options.selection, facts),
+    )
+
+
 def _finetune(options: Any, manifest: dict[str, Any], is_old: IsOld) -> Told:
     done, metrics, seconds = is_old(manifest), manifest["metrics"], manifest["time"]["seconds_s"]
     keys = ("steps", "epochs", "num_images", "metrics", "best")
@@ -154,6 +168,7 @@ RESULTS: dict[str, Callable[[Any, Any, IsOld], Told]] = {
     "import": _import,
     "dedup": _dedup,
     "select": _select,
+    "assess": _assess,
     "finetune": _finetune,
     "predict": _predict,
     "evaluate": _evaluate,

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from engine.arrays import Ints
-from engine.evaluate import Labelled, check_metrics, measure, read_test
+from engine.evaluate import Known, Labelled, check_metrics, measure, read_test
 from engine.folders import Claim, begin, digest_of, publish, read_manifest
 from engine.placement import open_shards
 from engine.places import Place
@@ -102,7 +102,8 @@ def _publish_cell(arena: Arena, entrant: Entrant, seed: int, step: Step, seconds
         write_selection(selection, arena.store, step, nothing, facts)
     begin(place.at("metrics"), "metrics", inputs, identity, overwrite=False)
     results = [{"metric": "seconds", "value": seconds, "note": "of the selection (of the largest budget, if nested)"}]
-    for metric, value, note in measure(arena.store, arena.shards, np.sort(step.picks), arena.test, arena.options, seed):
+    known, rows = Known.of(arena.store), np.sort(step.picks)
+    for metric, value, note in measure(known, arena.shards, rows, arena.test, arena.options, seed):
         results.append({"metric": metric, "value": value, "note": note})
     publish(place.at("metrics"), {"metrics": results})
 

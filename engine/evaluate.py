@@ -42,6 +42,28 @@ class Labelled:
     y: Ints
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of a pool's images beside their vectors: their rows (n,), ascending, and labels (n,), -1 for none."""
+
+    uri: str
+    rows: Ints
+    labels: Ints | None
+    vectors_per_image: int = 1
+
+    @classmethod
+    def of(cls, store: FeatureStore) -> Known:
+        """Return what a store says."""
+        return cls(store.place.uri, store.rows, store.labels if store.has_labels else None, store.vectors_per_image)
+
+    def labels_of(self, rows: Ints) -> Ints:
+        """Return the labels of some rows; raises InputError where one has none."""
+        found = np.full(len(rows), -1) if self.labels is None else self.labels[np.searchsorted(self.rows, rows)]
+        if (found < 0).any():
+            raise InputError(f"{int((found < 0).sum())} of the {len(rows)} labelled images have no label in {self.uri}")
+        return found
+
+
 Result = tuple[str, float | None, str]
 """(metric, value, note); the value is None where the metric is not defined, and the note says why."""
 
@@ -119,12 +141,11 @@ def earth_movers_distance(shards: Shards, picks: Ints, sample: int, seed: int) -
     return float(value), f"exact on {len(rows):,} pool rows and {len(picks):,} picks"
 
 
-def coverage(store: FeatureStore, shards: Shards, rows: Ints, sample: int, seed: int) -> Iterator[Result]:
+def coverage(known: Known, shards: Shards, rows: Ints, sample: int, seed: int) -> Iterator[Result]:
     """Yield how well the labelled rows cover the pool, with labels where there are any and without."""
-    if store.has_labels:
-        known = store.labels[store.labels >= 0]
-        classes = np.unique(known)
-        mine = store.labels[np.searchsorted(store.rows, rows)]
+    if known.labels is not None:
+        classes = np.unique(known.labels[known.labels >= 0])
+        mine = known.labels[np.searchsorted(known.rows, rows)]
         share = 100 * float(np.isin(classes, mine).mean())
         yield "class_coverage", share, f"% of {len(classes)} classes"
     counts = shards.map(_distances, shards.take(rows).numpy())
@@ -136,19 +157,16 @@ def coverage(store: FeatureStore, shards: Shards, rows: Ints, sample: int, seed:
 
 
 def measure(
-    store: FeatureStore, shards: Shards, rows: Ints, test: Labelled | None, options: MeasureOptions, seed: int
+    known: Known, shards: Shards, rows: Ints, test: Labelled | None, options: MeasureOptions, seed: int
 ) -> Iterator[Result]:
     """Yield every metric asked for, for the labelled pool rows `rows`; `shards` hold the normalised vectors."""
     if "coverage" in options.metrics:
-        yield from coverage(store, shards, rows, options.emd_sample, seed)
+        yield from coverage(known, shards, rows, options.emd_sample, seed)
     if test is None:
         return
-    if store.vectors_per_image > 1:
-        raise InputError(f"{store.place.uri} has up to {store.vectors_per_image} vectors an image: only --metrics coverage")
-    labels = store.labels[np.searchsorted(store.rows, rows)]
-    if (labels < 0).any():
-        raise InputError(f"{int((labels < 0).sum())} of the {len(rows)} labelled images have no label in {store.place.uri}")
-    train = Labelled(shards.take(rows), labels)
+    if known.vectors_per_image > 1:
+        raise InputError(f"{known.uri} has up to {known.vectors_per_image} vectors an image: only --metrics coverage")
+    train = Labelled(shards.take(rows), known.labels_of(rows))
     for k in options.neighbors if "knn" in options.metrics else ():
         enough = k <= len(rows)
         note = "% top-1, L2 on normalised features" if enough else f"needs {k} picks, there are {len(rows)}"
@@ -194,7 +212,7 @@ def evaluate(options: EvaluateOptions, progress: Progress = no_progress) -> list
     rows = np.union1d(selection.picks, selection.labeled)
     with open_shards(store, options, True, ()) as shards:
         results = []
-        for metric, value, note in measure(store, shards, rows, test, options, options.seed):
+        for metric, value, note in measure(Known.of(store), shards, rows, test, options, options.seed):
             results.append({"metric": metric, "value": value, "note": note})
             progress("evaluate", len(results), 0, metric)
     if claim:

@@ -70,7 +70,7 @@ def verify(path: str, progress: Progress = no_progress) -> dict[str, Any]:
     if top.kind() == pafs.FileType.Directory:
         manifests = [(below, place, read_manifest(place)) for below, place in _folders(top)]
     files = [file for below, place, manifest in manifests if manifest for file in _wanted(place, manifest, below)]
-    if not files:
+    if not any(manifest for _, _, manifest in manifests):
         unfinished = top.kind() == pafs.FileType.Directory and read_run(top) is not None
         why = "is unfinished: run the command that began it again" if unfinished else "holds no folder that coresift published"
         raise InputError(f"{path} {why}; there is nothing to verify")

@@ -4,6 +4,7 @@ One dataclass a verb, each field `Annotated[type, Opt(help, range)]`. Options wi
 is done, never what comes out.
 """
 
+from engine.verbs.assess import AssessOptions
 from engine.verbs.curves import CurvesOptions
 from engine.verbs.features import (
     CompareOptions,
@@ -31,6 +32,7 @@ __all__ = [
     "JOB_VERBS",
     "SCORING",
     "VERBS",
+    "AssessOptions",
     "ClassifyOptions",
     "CompareOptions",
     "CurvesOptions",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.schema import Progress
+from engine.verbs.assess import AssessOptions
 from engine.verbs.curves import CurvesOptions
 from engine.verbs.features import (
     CompareOptions,
@@ -42,6 +43,7 @@ VERBS: dict[str, Verb] = {
     "import": Verb(ImportOptions, "engine.ingest:import_features"),
     "dedup": Verb(DedupOptions, "engine.dedup:dedup"),
     "select": Verb(SelectOptions, "engine.select:select"),
+    "assess": Verb(AssessOptions, "engine.assess:assess_selection"),
     "finetune": Verb(FinetuneOptions, "engine.finetune:finetune"),
     "predict": Verb(PredictOptions, "engine.predict:predict"),
     "evaluate": Verb(EvaluateOptions, "engine.evaluate:evaluate"),
