@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import typer
 
 import engine.verbs
-from cli import jobs, listings, output
+from cli import export, jobs, listings, output
 from cli.options import no_options, verb
 from cli.results import RESULTS
 from cli.session import INTERRUPTED, WAITING, Session
 from engine.schema import InputError, Opt, RunError, known_error, nearest
-from engine.verbs import Verb
+from engine.verbs import ExportOptions, ImportLabelsOptions, Verb
 
 UsageError = typer.BadParameter.__mro__[1]
 """Typer's own error for a command line that cannot be parsed."""
@@ -95,6 +95,8 @@ def _verify(options: VerifyOptions, flags: dict[str, bool]) -> None:
 VERBS: dict[str, tuple[type[Any], Callable[[Any, dict[str, bool]], None]]] = {
     **{name: (entry.options, _work(name, entry)) for name, entry in engine.verbs.VERBS.items()},
     **jobs.VERBS,
+    "export": (ExportOptions, export.export),
+    "import-labels": (ImportLabelsOptions, export.import_labels),
     "info": (InfoOptions, _info),
     "verify": (VerifyOptions, _verify),
     "strategies": (no_options(), listings.strategies),

@@ -50,7 +50,7 @@ def read_chosen(selection: str, pool: Pool) -> Chosen:
         raise InputError(f"{what} does not exist: give a selection folder, .txt, .json, .npy, or all")
     elif selection.endswith(".txt"):
         names = ids_in(place)
-        rows = _rows_of_ids(pool, names, what)
+        rows = rows_of_ids(pool, names, what)
         ids = dict(zip(rows.tolist(), names, strict=True))
     elif selection.endswith((".json", ".npy")):
         rows = rows_in(place, what)
@@ -95,7 +95,7 @@ def _rows_of_folder(selection: str, place: Place, pool: Pool) -> tuple[Ints, dic
     return np.concatenate([found.labeled, found.picks]), ids
 
 
-def _rows_of_ids(pool: Pool, ids: Sequence[str], what: str) -> Ints:
+def rows_of_ids(pool: Pool, ids: Sequence[str], what: str) -> Ints:
     """Return the pool row of each id (n,), in one pass over the pool's ids.
 
     Raises InputError where `what` names an id twice, or one that the pool does not have.

@@ -39,6 +39,30 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+ORIENTATION = 0x0112
+"""The EXIF tag of how an image is to be turned when it is shown."""
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
+"""What Pillow's format plug-ins raise on damaged files."""
+
+
+def read_header(data: bytes) -> tuple[tuple[int, int], int, str]:
+    """Return an image's (width, height) in px as stored, its EXIF orientation (1: as stored) and its format's name.
+
+    No pixel is decoded. Raises BadImageError with the reason.
+    """
+    Image.MAX_IMAGE_PIXELS = None  # nothing is decoded here
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                found = image.getexif().get(ORIENTATION, 1)
+                return image.size, found if found in range(1, 9) else 1, str(image.format)
+    except UnidentifiedImageError:
+        raise BadImageError("not an image file that Pillow knows" if data else "empty file") from None
+    except DAMAGED as error:
+        raise BadImageError(f"{type(error).__name__}: {error}") from error
+
+
 def decode(data: bytes, max_pixels: int, draft_px: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
     """Return an RGB image and its (width, height) in px as stored.
 
@@ -70,6 +94,5 @@ def decode(data: bytes, max_pixels: int, draft_px: int | None = None) -> tuple[I
         raise BadImageError(NO_IMAGE) from None
     except BadImageError:
         raise
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        # Pillow's format plug-ins raise any of these on damaged files
+    except DAMAGED as error:
         raise BadImageError(f"{type(error).__name__}: {error}") from error

@@ -99,6 +99,14 @@ def _refuse(place: Place, old: dict[str, Any], new: dict[str, Any], state: str) 
     return InputError(f"{place.uri} {state} with other inputs ({shown}): choose another --out, or pass --overwrite")
 
 
+def check_apart(place: Place, reads: Iterable[str]) -> None:
+    """Raise InputError where a place to write is, or holds, something that the command reads."""
+    for uri in reads:
+        other = Place(uri)
+        if other.remote == place.remote and f"{other.path.rstrip('/')}/".startswith(f"{place.path.rstrip('/')}/"):
+            raise InputError(f"--out {place.uri} is or holds what this command reads, {uri}: choose another --out")
+
+
 @dataclass(frozen=True)
 class Claim:
     """A folder that one run wants: its identity, and the places that the run reads."""
@@ -118,10 +126,7 @@ class Claim:
         reads: Iterable[str] = (),
     ) -> Claim:
         """Return a claim on `place`; raises InputError where that is, or holds, something that the run `reads`."""
-        for uri in reads:
-            other = Place(uri)
-            if other.remote == place.remote and f"{other.path.rstrip('/')}/".startswith(f"{place.path.rstrip('/')}/"):
-                raise InputError(f"--out {place.uri} is or holds what this command reads, {uri}: choose another --out")
+        check_apart(place, reads)
         return cls(place, json.loads(to_json({"kind": kind, "inputs": inputs, "options": options})), overwrite)
 
     def published(self) -> dict[str, Any] | None:

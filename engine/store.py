@@ -294,6 +294,14 @@ class FeatureStore:
             out[row, place] = score
         return out
 
+    def detections(self, rows: Ints) -> list[list[dict[str, Any]]]:
+        """Return the boxes of some pool rows, in the order given, each as DETECTION; raises InputError for rows without any."""
+        found: list[list[dict[str, Any]]] = [[] for _ in rows]
+        for mine, at, table in self._tables_of(rows, DETECTIONS):
+            for place, boxes in zip(mine.tolist(), table[DETECTIONS].take(pa.array(at)).to_pylist(), strict=True):
+                found[place] = boxes
+        return found
+
     def _tables_of(self, rows: npt.NDArray[np.int64], column: str) -> Iterator[tuple[Ints, Ints, pa.Table]]:
         """Yield (which of `rows`, their places in the table, the table) for every block that some pool rows are in.
 

@@ -37,8 +37,17 @@ FLOORS = [
     {"engine.embed", "engine.ingest", "engine.select", "engine.training"},
     {"engine.predict", "engine.finetune"},
     {"engine.evaluate_model"},
-    {"engine.evaluate", "engine.dedup", "engine.oracles"},
-    {"engine.api", "engine.assess", "engine.compare", "engine.curves", "engine.info", "engine.rounds", "engine.verify"},
+    {"engine.evaluate", "engine.dedup", "engine.export", "engine.oracles"},
+    {
+        "engine.answers",
+        "engine.api",
+        "engine.assess",
+        "engine.compare",
+        "engine.curves",
+        "engine.info",
+        "engine.rounds",
+        "engine.verify",
+    },
     {"engine.demo"},
     {"jobs"},
     {"cli"},
@@ -86,7 +95,10 @@ ONLY_THERE = {
 
 VERBS = {
     "engine.verbs",
-    *(f"engine.verbs.{name}" for name in ("shared", "assess", "curves", "features", "scoring", "table", "training", "rounds")),
+    *(
+        f"engine.verbs.{name}"
+        for name in ("shared", "assess", "curves", "export", "features", "scoring", "table", "training", "rounds")
+    ),
 }
 LIGHT = {"engine", "engine.masks", "engine.schema", "engine.session", *VERBS}
 LIGHT |= {
@@ -94,6 +106,7 @@ LIGHT |= {
     "cli.main",
     "cli.options",
     "cli.output",
+    "cli.export",
     "cli.listings",
     "cli.results",
     "cli.session",
@@ -130,6 +143,8 @@ def imports(path: Path, top_level: bool = False) -> set[str]:
 def room(module: str) -> str:
     """Return the name under which a module stands in FLOORS: a package is one room."""
     for package in (
+        "engine.answers",
+        "engine.export",
         "engine.select",
         "engine.sources",
         "engine.tasks",

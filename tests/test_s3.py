@@ -1,6 +1,7 @@
 """Embedding from and to an S3 endpoint (moto's server, on loopback), also while it is away, locked, or losing objects."""
 
 import io
+import json
 import tarfile
 import threading
 
@@ -13,12 +14,14 @@ from PIL import Image
 
 from engine import embed as embed_module
 from engine.embed import embed, embed_all
+from engine.export import export
 from engine.info import describe
 from engine.places import Place
 from engine.schema import InputError, RunError
+from engine.sources import open_pool, read
 from engine.sources.pool import NO_SUCH_FILE
 from engine.store import FeatureStore
-from engine.verbs import EmbedOptions
+from engine.verbs import EmbedOptions, ExportOptions
 from engine.verify import verify
 
 pytest.importorskip("moto", reason="needs the dev extra")
@@ -104,6 +107,34 @@ def test_a_pool_and_its_features_may_be_in_a_bucket(bucket, pool, whole):
     assert verify(bucket.uri("both/pixels"))["bad"] == []
     assert list(describe(out)["stores"]) == ["embedding", "pixels"]
     assert embed_all(options(bucket.uri("pool"), out, encoder="pixels,embedding", **network)) == manifests
+
+
+def test_what_is_handed_over_has_no_keys(bucket, pool, tmp_path):
+    """Tasks and manifests name what is in the bucket as a tool with keys of its own does; copies go to a bucket as well."""
+    embed(options(bucket.uri("pool"), tmp_path / "features"))
+    (tmp_path / "rows.json").write_text("[140, 3]")
+    given = {"selection": (str(tmp_path / "rows.json"),), "pool": bucket.uri("pool"), "features": str(tmp_path / "features")}
+    facts = export(ExportOptions(format="label-studio", out=str(tmp_path / "tasks.json"), **given))
+    tasks = json.loads((tmp_path / "tasks.json").read_text())
+    assert [task["data"]["image"] for task in tasks] == ["s3://bucket/pool/b/140 é.png", "s3://bucket/pool/a/003 é.png"]
+    assert any("2 addresses have keys, which are not handed over" in note for note in facts["notes"])
+    export(ExportOptions(format="cvat", out=str(tmp_path / "m.jsonl"), **given))
+    export(ExportOptions(format="cvat", out=str(tmp_path / "n.jsonl"), uri_prefix=("s3://bucket/=",), **given))
+    names = [json.loads((tmp_path / name).read_text().splitlines()[-1])["name"] for name in ("m.jsonl", "n.jsonl")]
+    assert names == ["a/003 é", "pool/a/003 é"]
+    with pytest.raises(InputError, match="pass --copy"):
+        export(ExportOptions(format="imagefolder", out=str(tmp_path / "links"), **given))
+    for overwrite in (False, True):
+        export(ExportOptions(format="coco", copy=True, out=bucket.uri("copies"), overwrite=overwrite, **given))
+    assert Place(bucket.uri("copies/images")).names() == ["003_é.png", "140_é.png"]
+    assert Place(bucket.uri("copies/images")).at("140_é.png").read() == (pool / "b" / "140 é.png").read_bytes()
+    again = open_pool(bucket.uri("copies/annotations.json"))
+    assert [sample.error for sample in read(again, 0, 2)] == [None, None]
+    written = [file.read_text() for file in tmp_path.glob("*.json*")] + [Place(bucket.uri("copies/ids.csv")).read().decode()]
+    assert not any("secret" in text or "127.0.0.1" in text for text in written)
+    no_pool = {**given, "pool": None}
+    with pytest.raises(InputError, match="had keys, which are not kept: give it with --pool"):
+        export(ExportOptions(format="cvat", out=str(tmp_path / "o.jsonl"), **no_pool))
 
 
 def contents(folder):

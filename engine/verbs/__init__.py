@@ -6,6 +6,7 @@ is done, never what comes out.
 
 from engine.verbs.assess import AssessOptions
 from engine.verbs.curves import CurvesOptions
+from engine.verbs.export import ExportOptions, ImportLabelsOptions
 from engine.verbs.features import (
     CompareOptions,
     DedupOptions,
@@ -41,7 +42,9 @@ __all__ = [
     "DetectOptions",
     "EmbedOptions",
     "EvaluateOptions",
+    "ExportOptions",
     "FinetuneOptions",
+    "ImportLabelsOptions",
     "ImportOptions",
     "InfluenceOptions",
     "MeasureOptions",
