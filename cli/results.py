@@ -55,6 +55,9 @@ def _features(command: str, out: str, manifest: dict[str, Any], is_old: IsOld) -
     timing = manifest.get("time", {})
     if timing:
         facts["seconds"], facts["rows_per_s"] = timing["seconds_s"], timing["rows_per_s"]
+    if "num_reused" in timing:
+        facts["num_reused"] = timing["num_reused"]
+        vectors += f", {timing['num_reused']:,} of them from earlier features"
     spent = f" in {timing['seconds_s']:.1f} s ({timing['rows_per_s']:,.1f} images/s)" if timing and not done else ""
     return Told(facts, f"{out}: {_before(done)}{vectors}{rejected}{spent}")
 
@@ -79,12 +82,15 @@ def _select(options: Any, manifests: list[dict[str, Any]], is_old: IsOld) -> Tol
 
 
 def _dedup(options: Any, manifest: dict[str, Any], is_old: IsOld) -> Told:
-    keys = ("num_vectors", "num_clusters", "num_excluded", "num_kept", "digest")
+    keys = ("by", "against", "num_vectors", "num_clusters", "num_excluded", "num_kept", "digest")
     done, seconds = is_old(manifest), manifest["time"]["seconds_s"]
     facts = {"command": "dedup", "out": options.out, "already_done": done, "seconds": seconds}
-    found = f"{manifest['num_excluded']:,} of {manifest['num_vectors']:,} images are near copies of the others"
+    which = f"have a copy in {manifest['against']}" if options.against else "are copies of others that are kept"
+    found = f"{manifest['num_excluded']:,} of {manifest['num_vectors']:,} images {which}"
     spent = "" if done else f" ({seconds:.1f} s)"
-    return Told({**facts, **{key: manifest[key] for key in keys}}, f"{options.out}: {_before(done)}{found}{spent}")
+    return Told(
+        {**facts, **{key: manifest[key] for key in keys if key in manifest}}, f"{options.out}: {_before(done)}{found}{spent}"
+    )
 
 
 def _assess(options: Any, facts: dict[str, Any], is_old: IsOld) -> Told:

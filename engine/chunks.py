@@ -7,6 +7,7 @@ cluster. What it holds is the same everywhere.
 from __future__ import annotations
 
 import functools
+import hashlib
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -24,8 +25,9 @@ from engine.inputs import Input, Pixels
 from engine.phash import SIDE_PX, phash
 from engine.places import Place
 from engine.retry import WAITS_S, is_final
+from engine.reuse import HASH_BYTES, NOTHING_KNOWN, Reuse, Source
 from engine.schema import InputError, RunError, first_line
-from engine.sources import Pool, Sample, load_pool, read_rows
+from engine.sources import Pool, Sample, load_pool, read_rows, unread
 
 CHUNK_BYTES = 64 << 20
 """Pixels in a chunk, at most, unless a single image has more."""
@@ -41,7 +43,8 @@ TASK_RETRIES = 3
 class Recipe:
     """What decoding needs to know: where the pool is listed, and what the encoders take.
 
-    `addresses` are those of the pool, with any keys: its facts beside the listing lack them.
+    `addresses` are those of the pool, with any keys: its facts beside the listing lack them. Images that `reuse` knows are
+    not decoded.
     """
 
     listing: str = field(repr=False)
@@ -50,6 +53,7 @@ class Recipe:
     max_pixels: int
     draft: bool
     addresses: tuple[str, str] | None = field(default=None, repr=False)
+    reuse: Reuse = NOTHING_KNOWN
 
     @property
     def draft_px(self) -> int | None:
@@ -59,7 +63,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Item:
-    """One image without its pixels: what is left of it in its part, or the `reason` why it is rejected."""
+    """One image without its pixels: what is left of it in its part, or the `reason` why it is rejected.
+
+    `source` says where its vector is already.
+    """
 
     row: int
     id: str
@@ -69,12 +76,25 @@ class Item:
     size: tuple[int, int] = (0, 0)
     phash: int = 0
     num_bytes: int | None = None
+    content_hash: bytes = b""
     reason: str | None = None
+    source: Source | None = None
+
+
+def content_hash(data: bytes | Image.Image) -> bytes:
+    """Return a hash of the bytes of an image's file, or of its size and pixels where its source gives these."""
+    found = hashlib.blake2b(digest_size=HASH_BYTES)
+    if isinstance(data, bytes):
+        found.update(data)
+    else:
+        found.update(repr((data.mode, data.size)).encode())
+        found.update(data.tobytes())
+    return found.digest()
 
 
 @dataclass
 class Chunk:
-    """The images of a range of pool rows, in order, and for each input the stacked pixels (k, ...) of those not rejected."""
+    """The images of a range of pool rows, in order, and for each input the stacked pixels (k, ...) of those to encode."""
 
     items: list[Item] = field(default_factory=list)
     pixels: list[Pixels] = field(default_factory=list)
@@ -133,6 +153,10 @@ def _decoded(sample: Sample, recipe: Recipe) -> tuple[Item, list[Pixels]]:
     try:
         if sample.error is not None:
             raise BadImageError(sample.error)
+        content = content_hash(sample.data)
+        source = recipe.reuse.find(content)
+        if source is not None:
+            return _known(sample, source, recipe.reuse), []
         image: Image.Image
         if isinstance(sample.data, bytes):
             image, size = decode(sample.data, recipe.max_pixels, recipe.draft_px)
@@ -140,16 +164,25 @@ def _decoded(sample: Sample, recipe: Recipe) -> tuple[Item, list[Pixels]]:
         else:
             image, size, num_bytes = sample.data, sample.data.size, None
         pixels = [given.prepare(image) for given in recipe.inputs]
-        return Item(*facts, size, phash(image), num_bytes), pixels
+        return Item(*facts, size, phash(image), num_bytes, content), pixels
     except BadImageError as error:
         return Item(*facts, reason=str(error)), []
+
+
+def _known(sample: Sample, source: Source, reuse: Reuse) -> Item:
+    """Return an image whose vector is there already."""
+    found = reuse.facts(source)
+    facts = (sample.row, sample.id, sample.uri, sample.label, sample.extra)
+    return Item(*facts, found.size, found.phash, found.num_bytes, found.content_hash, source=source)
 
 
 def decode_chunk(recipe: Recipe, start: int, stop: int) -> Chunk:
     """Return the chunk of pool rows [start, stop), read and decoded here."""
     chunk, stacks = Chunk(), [list[Pixels]() for _ in recipe.inputs]
-    rows = np.arange(start, stop, dtype=np.int64)
-    samples, began = pool_samples(open_listing(recipe), rows), time.perf_counter()
+    pool = open_listing(recipe)
+    there = recipe.reuse.unchanged(pool, start, stop)
+    rows = np.array([row for row in range(start, stop) if row not in there], dtype=np.int64)
+    samples, began = pool_samples(pool, rows), time.perf_counter()
     for sample in samples:
         given = time.perf_counter()
         item, pixels = _decoded(sample, recipe)
@@ -161,6 +194,10 @@ def decode_chunk(recipe: Recipe, start: int, stop: int) -> Chunk:
         chunk.decode_s += done - given
         began = done
     chunk.read_s += time.perf_counter() - began
+    if there:
+        named = unread(pool, np.array(sorted(there), dtype=np.int64))
+        chunk.items += [_known(sample, there[sample.row], recipe.reuse) for sample in named]
+        chunk.items.sort(key=lambda item: item.row)
     chunk.pixels = [np.stack(stack) if stack else np.empty(0, np.uint8) for stack in stacks]
     return chunk
 

@@ -1,205 +1,105 @@
-"""`dedup`: which images are near copies of others, an exclusion list to give to `select` (SemDeDup, Abbas et al. 2023).
-
-The pool is clustered, and within a cluster one image of every group of near copies is kept. Copies on two sides of a
-border between clusters are not found: the method's own approximation; with one cluster it is exact. Fast products decide
-similarities beyond their rounding error, canonical ones the rest, so the list is the same on any number of shards.
-"""
+"""`dedup`: which images are copies of others, an exclusion list to give to `select`; or have a copy in another pool."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import torch
 
-from engine.arrays import Bools, Floats, Ints
-from engine.blocks import Block
-from engine.canonical import canonical_dot, canonical_norms, rows_at, single_thread
+from engine.arrays import Bools, Ints
+from engine.copies import (
+    Copies,
+    Decide,
+    Prints,
+    copies_of,
+    exact_copies,
+    first_near,
+    keep_order,
+    phash_copies,
+    read_prints,
+)
 from engine.folders import Claim, digest_of, publish
-from engine.nearest import TILE_ELEMENTS
+from engine.leaks import hash_leaks, same_leaks, telling, vector_leaks
 from engine.placement import open_shards
 from engine.places import Place
-from engine.products import score_error, scores
 from engine.runner import ATTEMPTS
 from engine.schema import InputError, Progress, RunError, no_progress, result_options
-from engine.select.clusters import fit_centres, members, packs, settle
-from engine.select.lloyd import Matrix
-from engine.shards import LostShardError, Shards, prepare
+from engine.select import places_read, read_labeled
+from engine.semdedup import default_clusters, find_copies
+from engine.shards import LostShardError, Shards
 from engine.store import FeatureStore, table_bytes
 from engine.verbs import DedupOptions
-
-SEED_KEY = 2021
-HEAD_ROWS = 2048
-"""Rows among which the driver looks for copies at once."""
-MEMBER_ROWS = 65536
-"""Rows compared with the kept ones at once, on the shards."""
-EXACT_ROWS = 8192
-"""Pools up to this size are one cluster by default."""
-NORM_ERROR = 1e-6
-"""More than the norm of a normalised float32 vector differs from 1."""
-
-NOTHING: Ints = np.empty(0, dtype=np.int64)
+from engine.whiten import Cosines, whitened_cosines, whitening
 
 
-@dataclass(frozen=True)
-class Copies:
-    """Rows that are near copies, (m,): their pool rows, the kept row each is a copy of, and their cosine similarity."""
-
-    rows: Ints
-    kept: Ints
-    similarity: Floats
-
-
-def join(parts: list[Copies]) -> Copies:
-    """Return several results as one, in row order."""
-    rows = np.concatenate([NOTHING, *(part.rows for part in parts)])
-    order = np.argsort(rows)
-    kept = np.concatenate([NOTHING, *(part.kept for part in parts)])
-    similarity = np.concatenate([np.empty(0), *(part.similarity for part in parts)])
-    return Copies(rows[order], kept[order], similarity[order])
-
-
-def default_clusters(n: int) -> int:
-    """Return how many clusters n rows make: 1 up to 8192 rows, else the root of n / 20.
-
-    That is where 20 Lloyd steps cost as much as the comparisons within clusters.
-    """
-    return 1 if n <= EXACT_ROWS else round((n / 20) ** 0.5)
-
-
-def cosine(a: torch.Tensor, i: Ints, b: torch.Tensor, j: Ints) -> Floats:
-    """Return the canonical cosine similarity of a[i] and b[j] for each pair, at most 1; a vector of zeros has 0."""
-    lengths = _norms(a, i) * _norms(b, j)
-    return np.minimum(canonical_dot(a, i, b, j) / np.where(lengths > 0, lengths, 1.0), 1.0)
-
-
-def _norms(a: torch.Tensor, i: Ints) -> Floats:
-    some, back = np.unique(i, return_inverse=True)
-    return canonical_norms(rows_at(a, some))[back]
-
-
-def similar(a: torch.Tensor, b: torch.Tensor, eps: float) -> Bools:
-    """Return which pairs of normalised vectors have a cosine similarity above 1 - eps, (len(a), len(b))."""
-    bar = 1 - eps
-    margin = score_error(a.shape[1], 1 + NORM_ERROR, 1 + NORM_ERROR) + 3 * NORM_ERROR
-    score = scores(a.new_zeros(len(b)), a, b).neg_()
-    found: Bools = (score > bar).cpu().numpy()
-    i, j = ((score - bar).abs() <= margin).nonzero().cpu().numpy().T
-    step = max(1, TILE_ELEMENTS // max(1, a.shape[1]))
-    for start in range(0, len(i), step):
-        some, others = i[start : start + step], j[start : start + step]
-        found[some, others] = cosine(a, some, b, others) > bar
-    return found
-
-
-def leaders(x: torch.Tensor, group: Ints, eps: float) -> Ints:
-    """Return for each vector, in order, the first kept vector of its group that it is a copy of; -1 where it is kept.
-
-    A vector is kept unless a kept one before it is within eps. So copies of copies don't merge: of A ~ B ~ C, with A and
-    C not alike, B goes and A and C stay. `group` (m,) is sorted.
-    """
-    leader = np.full(len(x), -1, dtype=np.int64)
-    for first, last in zip(*_runs(group), strict=True):
-        mine = x[first:last]
-        close = np.triu(np.concatenate([similar(part, mine, eps) for part in _pieces(mine, len(mine))]), 1)
-        for place in np.flatnonzero(close.any(axis=1)):
-            if leader[first + place] < 0:
-                copies = first + np.flatnonzero(close[place])
-                leader[copies[leader[copies] < 0]] = first + place
-    return leader
-
-
-def _pieces(x: torch.Tensor, width: int) -> list[torch.Tensor]:
-    """Return the rows of x in pieces that make a tile with `width` others; one, of no rows, where x has none."""
-    step = max(1, TILE_ELEMENTS // max(1, width))
-    return [x[start : start + step] for start in range(0, max(1, len(x)), step)]
-
-
-def _runs(group: Ints) -> tuple[Ints, Ints]:
-    """Return where each run of equal values begins and ends."""
-    starts = np.flatnonzero(np.diff(group, prepend=group[:1] - 1))
-    return starts, np.append(starts[1:], len(group))
-
-
-def _follow(block: Block, kept: Matrix, eps: float) -> tuple[Ints, Ints, Floats]:
-    """Return (pool row, place of the first kept vector it is a copy of, similarity) of the block's copies of kept ones."""
-    x, leading = block.x, torch.tensor(kept).to(block.x.device)
-    copy, leader = [], []
-    for piece in _pieces(x, len(kept)):
-        close = similar(piece, leading, eps)
-        copy.append(close.any(axis=1))
-        leader.append(close[copy[-1]].argmax(axis=1))
-    places, first = np.flatnonzero(np.concatenate(copy)), np.concatenate(leader)
-    return block.rows[places], first, cosine(x, places, leading, first)
-
-
-def copies_among(shards: Shards, clusters: Ints, eps: float) -> Iterator[Copies]:
-    """Yield the near copies within each of some clusters, piece by piece; `settle` comes first.
-
-    Rows come in order of their distance to the cluster's centre, the farthest first (of equally far ones the smaller
-    row): the released code's default, which keeps what is least like the rest. The driver compares HEAD_ROWS of them with
-    one another; what it keeps is then compared, on the shards, with the rows after these.
-    """
-    found = members(shards, clusters)
-    order = np.lexsort((found.rows, -found.sqdist, found.cluster))
-    numbers, rows, group = found.numbers[order], found.rows[order], found.cluster[order]
-    while len(rows):
-        x = shards.take(rows[:HEAD_ROWS])
-        with single_thread():
-            leader = leaders(x, group[:HEAD_ROWS], eps)
-        copy = np.flatnonzero(leader >= 0)
-        yield Copies(rows[copy], rows[leader[copy]], cosine(x, copy, x, leader[copy]))
-        kept = np.flatnonzero(leader < 0)
-        kept_rows, vectors = rows[kept], x[torch.from_numpy(kept)].numpy()
-        numbers, rows, group = numbers[HEAD_ROWS:], rows[HEAD_ROWS:], group[HEAD_ROWS:]
-        gone = [NOTHING]
-        for at in np.split(np.sort(numbers), range(MEMBER_ROWS, len(numbers), MEMBER_ROWS)) if len(numbers) else ():
-            for copies, first, similarity in shards.map(_follow, vectors, eps, at=at):
-                gone.append(copies)
-                yield Copies(copies, kept_rows[first], similarity)
-        stays = ~np.isin(rows, np.concatenate(gone))
-        numbers, rows, group = numbers[stays], rows[stays], group[stays]
-
-
-def find_copies(
-    shards: Shards, clusters: int, eps: float, iterations: int, seed: int, progress: Progress = no_progress
-) -> Copies:
-    """Return the near copies among all rows of shards with normalised vectors, in row order."""
-    prepare(shards, NOTHING)
-    for fitted in fit_centres(shards, clusters, iterations, seed, (SEED_KEY,)):
-        step, moved, _ = fitted
-        progress("cluster", step, iterations, f"{moved:,} rows moved")
-    counts = settle(shards, fitted[2], NOTHING)
-    parts: list[Copies] = []
-    done = 0
-    for group in packs(np.flatnonzero(counts.rows), counts.rows, HEAD_ROWS):
-        parts += copies_among(shards, group, eps)
-        done += int(counts.rows[group].sum())
-        progress("dedup", done, shards.n, f"{sum(len(part.rows) for part in parts):,} near copies")
-    return join(parts)
-
-
-def _persist(shards: Shards, work: Callable[[], Copies]) -> Copies:
+def _persist(shards: list[Shards], work: Callable[[], Copies]) -> Copies:
     """Return what `work` returns; where a shard is lost, make it again and start over. Raises RunError after ATTEMPTS."""
     for _ in range(ATTEMPTS):
         try:
             return work()
         except LostShardError:
-            shards.restore()
+            for one in shards:
+                one.restore()
     raise RunError(f"shards were lost {ATTEMPTS} times in a row: run the same command again")
 
 
-def _write(place: Place, store: FeatureStore, copies: Copies, facts: dict[str, Any]) -> dict[str, Any]:
-    ids = store.ids(copies.rows)
-    columns: dict[str, npt.NDArray[Any]] = {"kept_row": copies.kept, "similarity": copies.similarity}
-    table = pa.table({"row": copies.rows, "id": pa.array(ids, pa.string()), **columns})
-    data = table_bytes(table)
+def _agreeing(prints: Prints, others: Prints, options: DedupOptions, cosines: Cosines) -> Decide:
+    """Return what says which pairs within --wide-bits are copies: the hashes' word, or the whitened vectors'."""
+    alone = telling(prints, others)
+
+    def decide(i: Ints, j: Ints, bits: Ints) -> Bools:
+        copies = alone(i, j, bits) & (bits <= options.max_bits)
+        asked = np.flatnonzero(~copies)
+        copies[asked] = cosines(prints.rows[i[asked]], others.rows[j[asked]]) > options.min_cosine
+        return copies
+
+    return decide
+
+
+def _both(prints: list[Prints], shards: list[Shards], labeled: Ints, options: DedupOptions, progress: Progress) -> Copies:
+    larger = max(range(len(prints)), key=lambda at: len(prints[at].rows))
+    whiten = whitening(shards[larger], prints[larger].rows, options.seed)
+    cosines = whitened_cosines(shards[0], shards[-1], whiten)
+    if options.against:
+        decide = _agreeing(prints[0], prints[1], options, cosines)
+        found = hash_leaks(prints[0], prints[1], options.wide_bits, decide, progress)
+    else:
+        ordered = prints[0].at(keep_order(prints[0], labeled))
+        decide = _agreeing(ordered, ordered, options, cosines)
+        always = np.isin(ordered.rows, labeled)
+        found = copies_of(ordered, first_near(ordered.hashes, always, options.wide_bits, decide, progress))
+    return Copies(found.rows, found.kept, cosines(found.rows, found.kept), found.bits)
+
+
+def _by_hashes(prints: list[Prints], labeled: Ints, options: DedupOptions, progress: Progress) -> Copies:
+    """Return the copies by content or perceptual hashes."""
+    if options.by == "exact":
+        return same_leaks(*prints) if options.against else exact_copies(prints[0], labeled)
+    if not options.against:
+        return phash_copies(prints[0], labeled, options.max_bits, progress)
+    return hash_leaks(prints[0], prints[1], options.max_bits, telling(*prints), progress)
+
+
+def _by_vectors(
+    stores: list[FeatureStore], shards: list[Shards], labeled: Ints, clusters: int, options: DedupOptions, progress: Progress
+) -> Copies:
+    if options.against:
+        return vector_leaks(shards[0], shards[1], stores[1].rows, options.eps, progress)
+    return find_copies(shards[0], clusters, options.eps, options.iterations, options.seed, progress, labeled)
+
+
+def _write(place: Place, stores: list[FeatureStore], copies: Copies, facts: dict[str, Any]) -> dict[str, Any]:
+    store = stores[0]
+    ids, kept = store.ids(copies.rows), stores[-1].ids(copies.kept)
+    measured = {"bits": copies.bits, "similarity": copies.similarity}
+    columns = {"kept_row": copies.kept, "kept_id": pa.array(kept, pa.string())}
+    columns |= {name: values for name, values in measured.items() if values is not None}
+    data = table_bytes(pa.table({"row": copies.rows, "id": pa.array(ids, pa.string()), **columns}))
     place.at("excluded.parquet").write(data)
     place.at("ids.txt").write("".join(f"{name}\n" for name in ids).encode())
     place.at("indices.json").write(json.dumps(copies.rows.tolist()).encode())
@@ -208,28 +108,63 @@ def _write(place: Place, store: FeatureStore, copies: Copies, facts: dict[str, A
     return publish(place, {"features": store.place.uri, **counts, "digest": digest_of(data.to_pybytes()), **facts})
 
 
-def dedup(options: DedupOptions, progress: Progress = no_progress) -> dict[str, Any]:
-    """Find the near copies of a feature store and publish them as a folder of kind "dedup"; return its manifest.
+def _open(options: DedupOptions) -> tuple[list[FeatureStore], list[Prints]]:
+    """Return the store, and the one to compare with if there is one, and what they know of their images if that is read.
 
-    excluded.parquet (row, id, kept_row, similarity) in row order; ids.txt and indices.json, the excluded images' ids and
-    pool rows, as `select --exclude` takes them. Raises InputError for unusable input.
+    Raises InputError for stores that can't be read this way.
     """
-    store = FeatureStore.of_vectors(options.features)
-    if store.vectors_per_image > 1:
-        raise InputError(f"{store.place.uri} has several vectors an image (patterns): dedup takes one")
+    uris = [options.features, *([options.against] if options.against else [])]
+    reads_vectors = options.by in ("embedding", "both")
+    stores = [FeatureStore.of_vectors(uri) if reads_vectors else FeatureStore(uri) for uri in uris]
+    for store in stores:
+        if reads_vectors and store.vectors_per_image > 1:
+            raise InputError(f"{store.place.uri} has several vectors an image (patterns): --by phash or exact")
+    if reads_vectors and stores[0].dim != stores[-1].dim:
+        raise InputError(
+            f"{stores[0].place.uri} has vectors of {stores[0].dim} floats, {stores[1].place.uri} of {stores[1].dim}: "
+            "embed both by the same encoder"
+        )
+    if options.against and options.labeled:
+        raise InputError("--labeled says what is kept, and --against drops nothing: give one of them")
+    if options.clusters is not None and (options.by != "embedding" or options.against):
+        raise InputError("--clusters means nothing here: only --by embedding within one pool is sought in clusters")
+    return stores, read_prints(*stores) if options.by != "embedding" else []
+
+
+def dedup(options: DedupOptions, progress: Progress = no_progress) -> dict[str, Any]:
+    """Find the copies in a feature store and publish them as a folder of kind "dedup"; return its manifest.
+
+    excluded.parquet (row, id, kept_row, kept_id, then `bits` and `similarity` where they are measured) in row order; ids.txt
+    and indices.json, the images' ids and pool rows, as `select --exclude` takes them. Raises InputError for unusable input.
+    """
+    stores, prints = _open(options)
+    store = stores[0]
+    if options.by == "exact" and not all((of.content >= 0).all() for of in prints):
+        raise InputError("a store without content hashes was embedded by an earlier version: embed again, or use --by phash")
     clusters = default_clusters(store.num_vectors) if options.clusters is None else options.clusters
     if clusters > store.num_vectors:
         raise InputError(f"option clusters is {clusters}: {store.place.uri} has {store.num_vectors} vectors")
-    inputs, place = {"features": store.digest}, Place(options.out)
-    claim = Claim.of(place, "dedup", inputs, result_options(options), options.overwrite, [options.features])
+    labeled = read_labeled(options.labeled, store)
+    inputs = {"features": store.digest} | ({"against": stores[1].digest} if options.against else {})
+    inputs |= {"labeled": digest_of(labeled.tolist())} if options.labeled else {}
+    place, reads = Place(options.out), places_read(options.features, options.against, options.labeled)
+    claim = Claim.of(place, "dedup", inputs, result_options(options), options.overwrite, reads)
     published = claim.published()
     if published is not None:
         return published
-    with open_shards(store, options, True, ()) as shards:
+    with ExitStack() as opened:
+        shards: list[Shards] = []
+        if options.by in ("embedding", "both"):
+            shards = [opened.enter_context(open_shards(one, options, True, ())) for one in stores]
         claim.take()
         began = time.perf_counter()
-        copies = _persist(
-            shards, lambda: find_copies(shards, clusters, options.eps, options.iterations, options.seed, progress)
-        )
-    seconds = round(time.perf_counter() - began, 3)
-    return _write(place, store, copies, {"num_clusters": clusters, "time": {"seconds_s": seconds}})
+        if options.by == "both":
+            copies = _persist(shards, lambda: _both(prints, shards, labeled, options, progress))
+        elif shards:
+            copies = _persist(shards, lambda: _by_vectors(stores, shards, labeled, clusters, options, progress))
+        else:
+            copies = _by_hashes(prints, labeled, options, progress)
+    facts: dict[str, Any] = {"by": options.by, "time": {"seconds_s": round(time.perf_counter() - began, 3)}}
+    facts |= {"against": options.against} if options.against else {}
+    facts |= {"num_clusters": clusters} if options.by == "embedding" and not options.against else {}
+    return _write(place, stores, copies, facts)

@@ -6,6 +6,7 @@ the same command is run again.
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -20,17 +21,19 @@ import pyarrow.parquet as pq
 from engine import session
 from engine.backbones import NO_FILE
 from engine.checkpoints import Checkpoint
-from engine.encoders import Encoder, build_encoders, encoder_names
-from engine.folders import Claim, now, read_manifest, read_run, sha256_of
+from engine.encoders import ALONE, Encoder, build_encoders, encoder_names
+from engine.folders import Claim, now, read_manifest, read_run, sha256_of, to_json
 from engine.models import check_checkpoint
 from engine.parts import REJECTED, finished_parts, rejected_rows
 from engine.pipeline import STAGES, Stores, Todo, in_process, on_ray
 from engine.places import Place
 from engine.retry import reached
+from engine.reuse import LISTING, Reuse
 from engine.schema import (
     InputError,
     Progress,
     RunError,
+    fields_of,
     no_progress,
     parse_decode_workers,
     parse_workers,
@@ -38,10 +41,9 @@ from engine.schema import (
 )
 from engine.scoring import Scoring, check_options, open_scoring, prepare, without_h
 from engine.sources import Pool, columns_of, open_pool, save_pool
-from engine.store import part_rows, publish_features
-from engine.verbs import EmbedOptions
+from engine.store import FeatureStore, part_rows, publish_features
+from engine.verbs import EmbedOptions, PoolOptions
 
-LISTING = "pool.arrow"
 KEPT = ". Finished parts are kept: the same command goes on"
 
 
@@ -107,6 +109,31 @@ def _inputs(options: EmbedOptions, pool: Pool) -> dict[str, Any]:
     return inputs
 
 
+def _reuse(options: EmbedOptions, inputs: dict[str, Any]) -> Reuse:
+    """Return the stores that --reuse names. Raises InputError for one whose vectors are not those that this run would make."""
+    names = encoder_names(options.encoder)
+    if options.reuse and (len(names) > 1 or names[0] not in ALONE):
+        raise InputError(f"--reuse takes one encoder of {', '.join(sorted(ALONE))}: of others, vectors depend on the pool, too")
+    found = []
+    for uri in options.reuse:
+        store = FeatureStore(uri)
+        theirs, ours = store.manifest["options"], json.loads(to_json(result_options(options)))
+        of_pool = {"pool", *(field.name for field in fields_of(PoolOptions))}
+        differ = [name for name in ours if name not in of_pool and theirs.get(name, ours[name]) != ours[name]]
+        told = [f"{name} is {theirs[name]!r} there and {ours[name]!r} here" for name in differ]
+        told += [
+            f"other {name}" for name in ("weights", "checkpoint") if store.manifest["inputs"].get(name) != inputs.get(name)
+        ]
+        if told or "encoder" not in store.manifest:
+            raise InputError(
+                f"--reuse {uri!r} was not embedded like this ({'; '.join(told) or 'it was imported'}): leave it out"
+            )
+        if "content_hash" not in store.columns:
+            raise InputError(f"--reuse {uri!r} has no content hashes (an earlier version wrote it): embed the whole pool again")
+        found.append((store.place.absolute, store.digest))
+    return Reuse(tuple(found))
+
+
 def _claims(options: EmbedOptions, inputs: dict[str, Any], scoring: Scoring) -> list[Store]:
     """Return the store of each encoder, OUT or OUT/<encoder>, with its manifest where it is published already.
 
@@ -118,7 +145,7 @@ def _claims(options: EmbedOptions, inputs: dict[str, Any], scoring: Scoring) -> 
         raise InputError(
             f"{out.uri} is a {itself['kind']} folder itself: several encoders write folders below --out, choose another"
         )
-    reads = [options.pool, *([] if options.weights in NO_FILE else [options.weights])]
+    reads = [options.pool, *options.reuse, *([] if options.weights in NO_FILE else [options.weights])]
     reads += [uri for uri in (options.checkpoint, options.reference, options.reference_labels) if uri is not None]
     stores = []
     for name in names:
@@ -146,12 +173,12 @@ def _ready(options: EmbedOptions) -> dict[str, Encoder]:
 
 
 def _encode_missing(
-    options: EmbedOptions, stores: Sequence[Store], pool: Pool, began: float, progress: Progress
+    options: EmbedOptions, stores: Sequence[Store], pool: Pool, reuse: Reuse, began: float, progress: Progress
 ) -> dict[str, Any]:
     """Encode the parts that stores lack, and fill in their entries; return the times of a run that `began` then."""
     size = part_rows(pool.num_rows)
     ranges = [(start, min(start + size, pool.num_rows)) for start in range(0, pool.num_rows, size)]
-    ready, first, first_rows, run_rows = time.perf_counter(), 0.0, 0, 0
+    ready, first, first_rows, run_rows, reused = time.perf_counter(), 0.0, 0, 0, 0
     for store in stores:
         store.entries = finished_parts(store.place, ranges)
     missing = {r: tuple(store.name for store in stores if r[0] not in store.entries) for r in ranges}
@@ -161,12 +188,13 @@ def _encode_missing(
     progress("embed", rows_before, pool.num_rows, "")
     here = parse_workers(options.workers) == (0, 0)
     places = {store.name: store.place.absolute for store in stores}
-    where = Stores(stores[0].place.at(LISTING).absolute, pool.digest, places, pool.addresses)
+    where = Stores(stores[0].place.at(LISTING).absolute, pool.digest, places, pool.addresses, reuse)
     for part in (in_process if here else on_ray)(options, where, todo) if todo else ():
         for name, entry in part["stores"].items():
             by_name[name].entries[entry["start"]] = entry
         spent.update(part["spent"])
         run_rows += part["stop"] - part["start"]
+        reused += part["num_reused"]
         if not first:
             first, first_rows = time.perf_counter() - began, run_rows
         progress("embed", rows_before + run_rows, pool.num_rows, "")
@@ -178,6 +206,7 @@ def _encode_missing(
         "first_part_s": round(first, 3),
         "rows_per_s": round(run_rows / seconds, 2),
         "steady_rows_per_s": round(steady, 2) if steady else None,
+        **({"num_reused": reused} if reuse.stores else {}),
         "ready_s": round(ready - began, 3),
         "stages": {stage: round(spent[stage], 3) for stage in ("model_s", *STAGES)},
     }
@@ -222,7 +251,9 @@ def embed_all(options: EmbedOptions, progress: Progress = no_progress) -> list[d
     _rejected_limit(options.max_rejected, pool.num_rows)
     with reached(options.out):
         scoring = open_scoring(options, names, pool)
-        stores = _claims(options, _inputs(options, pool), scoring)
+        inputs = _inputs(options, pool)
+        reuse = _reuse(options, inputs)
+        stores = _claims(options, inputs, scoring)
     missing = [store for store in stores if store.manifest is None]
     if missing:
         left = replace(options, encoder=",".join(store.name for store in missing))
@@ -237,7 +268,7 @@ def embed_all(options: EmbedOptions, progress: Progress = no_progress) -> list[d
             if reference is not None:
                 threads = options.cpus_per_worker
                 prepare(lacking, places, reference, scoring.labelled, pool.num_rows, threads, progress)
-            spent = _encode_missing(left, missing, pool, began, progress)
+            spent = _encode_missing(left, missing, pool, reuse, began, progress)
             for store in missing:
                 store.manifest = _publish(store, options, pool, encoders[store.name], spent)
     manifests = {store.name: store.manifest for store in stores if store.manifest is not None}

@@ -165,6 +165,12 @@ ENCODERS: dict[str, Callable[[EmbedOptions, Models], Encoder]] = {
     "stability": StabilityEncoder,
 }
 
+ALONE = frozenset(("embedding", "pixels", "probs"))
+"""Encoders whose vector is a function of the image and the options alone: the images beside it and its row make no odds.
+
+Kernels round differently in batches of other sizes, so theirs are all of one size: a part's last one is filled up.
+"""
+
 
 def encoder_names(text: str) -> tuple[str, ...]:
     """Parse `embedding,patterns` into distinct names of ENCODERS, in the order given; raises InputError otherwise."""

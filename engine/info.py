@@ -26,7 +26,7 @@ SHOWN = {
         "pool",
     ),
     "selection": ("features", "num_rows", "num_picks", "num_labeled", "num_excluded", "objective", "options"),
-    "dedup": ("features", "num_rows", "num_vectors", "num_clusters", "num_excluded", "num_kept", "options"),
+    "dedup": ("features", "by", "against", "num_rows", "num_vectors", "num_clusters", "num_excluded", "num_kept", "options"),
     "metrics": ("metrics",),
     "assessment": ("num_picks", "num_labeled", "figures", "knee", "warnings", "sample", "options"),
     "comparison": ("num_cells", "options"),

@@ -14,6 +14,7 @@ import pyarrow as pa
 from engine.chunks import Item
 from engine.folders import digest_of, sha256_of
 from engine.places import Place
+from engine.reuse import HASH_BYTES
 from engine.schema import RunError
 from engine.store import (
     DETECTIONS,
@@ -29,6 +30,7 @@ from engine.store import (
     vectors_array,
 )
 
+CONTENT_HASH = pa.binary(HASH_BYTES)
 REJECTED = pa.schema([("row", pa.int64()), ("id", pa.string()), ("uri", pa.string()), ("reason", pa.string())])
 LISTS = {PATTERNS: (patterns_array, "num_patterns"), DETECTIONS: (detections_array, "num_detections")}
 """Columns that hold a list for each image: how they are made, and what the number of entries is called."""
@@ -63,6 +65,7 @@ def part_table(
             "height": pa.array([item.size[1] for item in items], pa.int32()),
             "phash": pa.array([item.phash for item in items], pa.uint64()),
             "bytes": pa.array([item.num_bytes for item in items], pa.int64()),
+            "content_hash": pa.array([item.content_hash for item in items], CONTENT_HASH),
             **{field.name: pa.array([item.extra[field.name] for item in items], field.type) for field in extra},
             column: LISTS[column][0](stored, counts) if several else vectors_array(stored),
         }

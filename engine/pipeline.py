@@ -16,12 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from engine import session
+from engine.arrays import Ints
 from engine.backbones import NO_FILE
 from engine.chunks import Chunk, Decoder, Inline, Item, OnTasks, OnThreads, Recipe, chunk_rows, open_listing, pool_samples
-from engine.encoders import Encoder, build_encoders
+from engine.encoders import ALONE, Encoder, build_encoders
 from engine.inputs import Pixels
 from engine.parts import part_table, write_part
 from engine.places import Place
+from engine.reuse import NOTHING_KNOWN, Reuse
 from engine.schema import InputError, RunError, parse_decode_workers, parse_workers
 from engine.sources.pool import NO_SUCH_FILE, UNREADABLE, Sample
 from engine.store import MIN_PART_ROWS
@@ -54,6 +56,7 @@ class Stores:
     digest: str
     places: Mapping[str, str] = field(repr=False)
     addresses: tuple[str, str] | None = field(default=None, repr=False)
+    reuse: Reuse = NOTHING_KNOWN
 
 
 class Batches:
@@ -98,7 +101,9 @@ class PartEncoder:
         large = any(isinstance(encoder.input, CanvasInput) for encoder in self.encoders.values())
         self.batch = options.batch_size or (DETECTOR_BATCH if large else DEFAULT_BATCH)[device]
         inputs = tuple(dict.fromkeys(encoder.input for encoder in self.encoders.values()))
-        self.recipe = Recipe(stores.listing, stores.digest, inputs, options.max_pixels, options.draft, stores.addresses)
+        self.recipe = Recipe(
+            stores.listing, stores.digest, inputs, options.max_pixels, options.draft, stores.addresses, stores.reuse
+        )
         self.pool = open_listing(self.recipe)
         ahead = device == "cuda" or threads > 1
         self.decoder: Decoder = OnTasks(decode_tasks) if decode_tasks else OnThreads(threads) if ahead else Inline()
@@ -148,12 +153,25 @@ class PartEncoder:
         check_readable(made.items, self.pool.uri, pool_samples(self.pool, before))
         entries = {name: self._write(todo, name, encoder, made) for name, encoder in encoders.items()}
         spent["write_s"] = time.perf_counter() - done
-        return {"start": todo.start, "stop": todo.stop, "stores": entries, "spent": spent}
+        reused = sum(item.source is not None for item in made.items)
+        return {"start": todo.start, "stop": todo.stop, "stores": entries, "spent": spent, "num_reused": reused}
 
     def _write(self, todo: Todo, name: str, encoder: Encoder, made: _Made) -> dict[str, Any]:
         good = [item for item in made.items if item.reason is None]
-        table = part_table(good, made.vectors[name], encoder.column, self.options.dtype, self.pool.schema)
+        vectors = self._with_known(good, made.vectors[name])
+        table = part_table(good, vectors, encoder.column, self.options.dtype, self.pool.schema)
         return write_part(Place(self.stores.places[name]), todo.start, todo.stop, table, made.items)
+
+    def _with_known(self, items: Sequence[Item], encoded: list[npt.NDArray[np.float32]]) -> list[npt.NDArray[np.float32]]:
+        """Return the vectors of a part's images, given those that were encoded: with the ones that were there already."""
+        sources = {at: item.source for at, item in enumerate(items) if item.source is not None}
+        if not sources:
+            return encoded
+        found = np.empty((len(items), encoded[0].shape[1]), np.float32)
+        at = np.array(list(sources), dtype=np.int64)
+        found[at] = self.stores.reuse.vectors(list(sources.values()))
+        found[np.setdiff1d(np.arange(len(items)), at)] = np.concatenate(encoded)
+        return [found]
 
 
 class PartActor(PartEncoder):
@@ -166,8 +184,9 @@ class PartActor(PartEncoder):
 class _Made:
     """What of a part is there so far: its items, and the vectors of each encoder."""
 
-    def __init__(self, encoders: Mapping[str, Encoder], batch: int, padded: bool) -> None:
-        self.encoders, self.batch, self.padded = encoders, batch, padded
+    def __init__(self, encoders: Mapping[str, Encoder], batch: int, compiled: bool) -> None:
+        self.encoders, self.batch = encoders, batch
+        self.padded = {name for name in encoders if compiled or name in ALONE}
         self.items: list[Item] = []
         self.rows: list[int] = []
         self.sizes: list[tuple[int, int]] = []
@@ -180,7 +199,7 @@ class _Made:
     def add(self, chunk: Chunk, inputs: Sequence[Any]) -> None:
         """Take a chunk, whose pixels are those of `inputs`; encode the batches that it fills."""
         self.items += chunk.items
-        good = [item for item in chunk.items if item.reason is None]
+        good = [item for item in chunk.items if item.reason is None and item.source is None]
         self.rows += [item.row for item in good]
         self.sizes += [item.size for item in good]
         for given, pixels in zip(inputs, chunk.pixels, strict=True):
@@ -199,15 +218,17 @@ class _Made:
         self.encoded[given] += count
         rows = np.array(self.rows[first : first + count], dtype=np.int64)
         sizes = np.array(self.sizes[first : first + count], dtype=np.int64)
-        if self.padded and count < self.batch:  # a compiled network has one shape: its kernels are the same for all
-            missing = self.batch - count
-            batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
-            rows = np.concatenate([rows, np.repeat(rows[-1:], missing)])
-            sizes = np.concatenate([sizes, np.repeat(sizes[-1:], missing, axis=0)])
+        whole = (batch, rows, sizes) if count == self.batch else _filled(batch, rows, sizes, self.batch)
         for name, encoder in self.encoders.items():
             if encoder.input == given:
-                found = encoder.encode(batch, rows, sizes)
+                found = encoder.encode(*(whole if name in self.padded else (batch, rows, sizes)))
                 self.vectors[name] += found[:count] if isinstance(found, list) else [found[:count]]
+
+
+def _filled(batch: Pixels, rows: Ints, sizes: Ints, size: int) -> tuple[Pixels, Ints, Ints]:
+    """Return a batch filled up to `size` with its last image: kernels round by the batch's size."""
+    at = np.minimum(np.arange(size), len(batch) - 1)
+    return batch[at], rows[at], sizes[at]
 
 
 def _is_refused(reason: str | None) -> bool:

@@ -33,7 +33,7 @@ DETECTION = pa.struct(
     [("label", pa.int64()), *((name, pa.float32()) for name in ("x", "y", "width", "height", "score"))],
 )
 """A stored box: the class, an index into the model's class names; px from the top left corner of the image as stored."""
-OWN_COLUMNS = ("row", "id", "label", "width", "height", "phash", "bytes")
+OWN_COLUMNS = ("row", "id", "label", "width", "height", "phash", "bytes", "content_hash")
 """The columns of every part that `embed` writes, beside its pool's and its vectors."""
 TAKEN = frozenset((*OWN_COLUMNS, "embedding", PROBS, PATTERNS, DETECTIONS, *SCORES))
 """Names that a pool's further columns may not have."""
@@ -321,10 +321,14 @@ class FeatureStore:
 
     def ids(self, rows: npt.NDArray[np.int64]) -> list[str]:
         """Return the ids of some pool rows that have a vector, in the order given; raises InputError for others."""
+        return [str(name) for name in self.values(rows, "id")]
+
+    def values(self, rows: Ints, column: str) -> list[Any]:
+        """Return a column's values for some pool rows that have a vector, as `ids`; other than the vectors' column."""
         out = np.empty(len(rows), dtype=object)
-        for mine, at, table in self._tables_of(rows, "id"):
-            out[mine] = table["id"].take(pa.array(at)).to_pylist()
-        return [str(name) for name in out]
+        for mine, at, table in self._tables_of(rows, column):
+            out[mine] = table[column].take(pa.array(at)).to_pylist()
+        return list(out)
 
 
 def no_vectors(store: FeatureStore) -> InputError:

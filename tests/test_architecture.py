@@ -11,7 +11,16 @@ WALL = 400
 FLOORS = [
     {"engine", "engine.masks"},
     {"engine.schema", "engine.arrays"},
-    {"engine.verbs", "engine.decode", "engine.canonical", "engine.draws", "engine.products", "engine.retry", "engine.phash"},
+    {
+        "engine.verbs",
+        "engine.decode",
+        "engine.canonical",
+        "engine.draws",
+        "engine.products",
+        "engine.retry",
+        "engine.phash",
+        "engine.hamming",
+    },
     {
         "engine.nearest",
         "engine.blocks",
@@ -23,8 +32,9 @@ FLOORS = [
     },
     {"engine.folders"},
     {"engine.store"},
-    {"engine.reading"},
+    {"engine.reading", "engine.copies"},
     {"engine.shards", "engine.sources", "engine.weights", "engine.patterns", "engine.inputs", "engine.selections"},
+    {"engine.reuse", "engine.former"},
     {"engine.backbones", "engine.checks", "engine.chosen", "engine.chunks", "engine.classes", "engine.images"},
     {"engine.labels"},
     {"engine.records", "engine.tasks"},
@@ -33,9 +43,10 @@ FLOORS = [
     {"engine.predictors", "engine.scorers"},
     {"engine.stability", "engine.scoring"},
     {"engine.encoders", "engine.parts", "engine.recipes"},
-    {"engine.runner", "engine.placement", "engine.pipeline"},
+    {"engine.runner", "engine.placement", "engine.pipeline", "engine.whiten"},
     {"engine.embed", "engine.ingest", "engine.select", "engine.training"},
-    {"engine.predict", "engine.finetune"},
+    {"engine.predict", "engine.finetune", "engine.semdedup"},
+    {"engine.leaks"},
     {"engine.evaluate_model"},
     {"engine.evaluate", "engine.dedup", "engine.export", "engine.oracles"},
     {
@@ -97,7 +108,7 @@ VERBS = {
     "engine.verbs",
     *(
         f"engine.verbs.{name}"
-        for name in ("shared", "assess", "curves", "export", "features", "scoring", "table", "training", "rounds")
+        for name in ("shared", "assess", "copies", "curves", "export", "features", "scoring", "table", "training", "rounds")
     ),
 }
 LIGHT = {"engine", "engine.masks", "engine.schema", "engine.session", *VERBS}

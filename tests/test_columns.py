@@ -89,7 +89,7 @@ def test_further_columns_pass_through_with_their_types(tmp_path, pool, monkeypat
     further_columns(monkeypatch, EXTRA)
     embed(options(pool, tmp_path / "out"))
     store = FeatureStore(str(tmp_path / "out"))
-    own = ["row", "id", "label", "width", "height", "phash", "bytes"]
+    own = ["row", "id", "label", "width", "height", "phash", "bytes", "content_hash"]
     assert store.columns == [*own, "camera", "seen", "boxes"]
     table = store.read_block(0)
     assert [table.schema.field(name).type for name in EXTRA.names] == EXTRA.types

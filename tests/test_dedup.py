@@ -12,13 +12,16 @@ import pytest
 import torch
 
 from cli.main import run
-from engine import dedup as module
+from engine import dedup as verb
+from engine import semdedup as module
 from engine.canonical import normalize
-from engine.dedup import Copies, cosine, dedup, default_clusters, find_copies, join, leaders, similar
+from engine.copies import Copies
+from engine.dedup import dedup
 from engine.ingest import import_features
 from engine.schema import InputError, RunError
 from engine.select import select
 from engine.select.clusters import fit_centres
+from engine.semdedup import cosine, default_clusters, find_copies, join, leaders, similar
 from engine.shards import LocalShards, LostShardError, RayShards, Reading, from_array, open_local
 from engine.store import FeatureStore
 from engine.verbs import DedupOptions, ImportOptions, SelectOptions
@@ -170,10 +173,10 @@ def test_a_lost_shard_starts_over(monkeypatch: pytest.MonkeyPatch) -> None:
         return copies(x)
 
     shards = LocalShards(from_array(x).blocks, 32)
-    assert len(module._persist(shards, lose).rows) == 90
+    assert len(verb._persist([shards], lose).rows) == 90
     left[0] = 100
     with pytest.raises(RunError, match="in a row"):
-        module._persist(shards, lose)
+        verb._persist([shards], lose)
 
 
 # --- folders and the command
@@ -199,7 +202,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_folder(world: Path) -> None:
     x, group = planted()
     table = pq.read_table(world / "copies" / "excluded.parquet")
-    assert table.column_names == ["row", "id", "kept_row", "similarity"]
+    assert table.column_names == ["row", "id", "kept_row", "kept_id", "similarity"]
     rows, kept = (table[name].to_numpy() for name in ("row", "kept_row"))
     assert (group[rows] == group[kept]).all()
     assert len(rows) == 90

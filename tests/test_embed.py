@@ -107,7 +107,7 @@ def test_a_store_has_the_parts_and_counts_of_its_pool(tmp_path, grey_pool):
     assert store.ids(np.array([149, 0])) == ["b/149.png", "a/000.png"]
     assert np.array_equal(store.vectors(), np.repeat(np.arange(150, dtype=np.float32)[:, None] / np.float32(255), 12, axis=1))
     part = store.read_part("part-000000000128.arrow")
-    assert part.column_names == ["row", "id", "label", "width", "height", "phash", "bytes", "embedding"]
+    assert part.column_names == ["row", "id", "label", "width", "height", "phash", "bytes", "content_hash", "embedding"]
     assert (part["width"].to_pylist(), part["height"].to_pylist()) == ([3] * 22, [2] * 22)
     assert part["embedding"].type == pa.list_(pa.float32(), 12)
     assert pq.read_table(tmp_path / "out" / "rejected.parquet").num_rows == 0

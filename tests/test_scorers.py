@@ -430,7 +430,7 @@ def test_a_score_that_is_not_finite_is_no_absent_score():
     from engine.parts import part_table
     from engine.schema import RunError
 
-    items = [Item(row, str(row), "", None, {}) for row in range(3)]
+    items = [Item(row, str(row), "", None, {}, content_hash=bytes(16)) for row in range(3)]
     empty = np.empty((0, 1), np.float32)
     good = np.array([[1.0], [np.nan], [2.0]], np.float32)
     assert part_table(items, [empty, good], "influence", "float32", pa.schema([]))["influence"].to_pylist()[0] == [1.0]

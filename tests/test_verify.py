@@ -45,7 +45,7 @@ def test_what_was_published_is_found_as_it_was(world: Path) -> None:
     kept = [p for p in world.rglob("*") if p.is_file() and p.name not in ("run.json", "manifest.json")]
     assert found["num_files"] == len(kept)
     assert found["bytes"] == sum(p.stat().st_size for p in kept)
-    assert verify(str(world / "picks" / "5"))["num_files"] == 4
+    assert verify(str(world / "picks" / "5"))["num_files"] == 5
 
 
 @pytest.mark.parametrize(

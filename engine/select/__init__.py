@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from engine.arrays import Ints
 from engine.folders import Claim, digest_of, publish, read_manifest
+from engine.former import LABELED_IDS, rows_of_former
 from engine.placement import open_shards
 from engine.places import Place
 from engine.reading import PREDICTED, check_same_pool
@@ -228,7 +229,9 @@ def places_read(*uris: str | None) -> list[str]:
 
 
 def _labeled_and_picked(uri: str, store: FeatureStore) -> Ints:
-    selection = read_selection(uri, store)
+    selection = open_selection(uri)
+    if selection.manifest["inputs"]["features"] != store.digest:
+        return rows_of_former(uri, selection, store)
     return np.concatenate([selection.labeled, selection.picks])
 
 
@@ -284,7 +287,7 @@ def _rows_of_ids(flag: str, uri: str, ids: list[str], store: FeatureStore) -> In
 
 
 def write_selection(place: Place, store: FeatureStore, step: Step, labeled: Ints, facts: dict[str, Any]) -> dict[str, Any]:
-    """Publish a selection folder: picks.parquet, ids.txt, indices.json, labeled.json, manifest.json."""
+    """Publish a selection folder: picks.parquet, ids.txt, indices.json, labeled.json, labeled_ids.txt, manifest.json."""
     ids = store.ids(step.picks)
     table = pa.table(
         {
@@ -300,6 +303,7 @@ def write_selection(place: Place, store: FeatureStore, step: Step, labeled: Ints
     place.at("ids.txt").write("".join(f"{name}\n" for name in ids).encode())
     place.at("indices.json").write(json.dumps(step.picks.tolist()).encode())
     place.at("labeled.json").write(json.dumps(labeled.tolist()).encode())
+    place.at(LABELED_IDS).write("".join(f"{name}\n" for name in store.ids(labeled)).encode())
     return publish(
         place,
         {

@@ -126,6 +126,11 @@ def read_rows(pool: Pool, rows: Ints) -> Iterator[Sample]:
     return samples
 
 
+def unread(pool: Pool, rows: Ints) -> Iterator[Sample]:
+    """Yield the samples of some rows of a folder of images, (n,) int64 ascending, without their files' bytes."""
+    return folder.unread(pool, rows)
+
+
 def ids_of(pool: Pool) -> Iterator[pa.Array]:
     """Yield the ids of a whole pool in the order of its rows, as batches of strings; no image is read."""
     batches: Iterator[pa.Array] = SOURCES[pool.kind].ids(pool)
@@ -169,4 +174,5 @@ __all__ = [
     "read",
     "read_rows",
     "save_pool",
+    "unread",
 ]

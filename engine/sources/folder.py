@@ -31,14 +31,21 @@ def list_pool(place: Place, columns: Columns) -> Pool:
     return Pool(place.address, "folder", listing.num_rows, digest_of(["folder", listing.digest]), names, {}, listing)
 
 
-def read(pool: Pool, rows: Ints) -> Iterator[Sample]:
-    """Yield the samples of ascending pool rows."""
+def unread(pool: Pool, rows: Ints) -> Iterator[Sample]:
+    """Yield the samples of ascending pool rows without their files' bytes."""
     images = Images(Place(pool.address))
     code = {name: index for index, name in enumerate(pool.class_names or ())}
     for some, table in pieces(pool.listing, rows):
         for row, path in zip(some.tolist(), table["path"].to_pylist(), strict=True):
             folder, slash, _ = path.partition("/")
-            yield sample_from_file(row, path, images.place(path), code[folder] if slash else None)
+            yield Sample(row, path, images.place(path).uri, code[folder] if slash else None, b"")
+
+
+def read(pool: Pool, rows: Ints) -> Iterator[Sample]:
+    """Yield the samples of ascending pool rows."""
+    images = Images(Place(pool.address))
+    for sample in unread(pool, rows):
+        yield sample_from_file(sample.row, sample.id, images.place(sample.id), sample.label)
 
 
 def ids(pool: Pool) -> Iterator[pa.Array]:

@@ -5,11 +5,11 @@ is done, never what comes out.
 """
 
 from engine.verbs.assess import AssessOptions
+from engine.verbs.copies import DedupOptions
 from engine.verbs.curves import CurvesOptions
 from engine.verbs.export import ExportOptions, ImportLabelsOptions
 from engine.verbs.features import (
     CompareOptions,
-    DedupOptions,
     DemoOptions,
     EmbedOptions,
     EvaluateOptions,

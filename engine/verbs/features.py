@@ -1,4 +1,4 @@
-"""Options of the verbs that make and use features: embed, import, select, dedup, evaluate, compare, demo."""
+"""Options of the verbs that make and use features: embed, import, select, evaluate, compare, demo."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from engine.verbs.shared import (
     Address,
     EncoderOption,
     Exclude,
+    Labeled,
     MeasureOptions,
     Normalize,
     Out,
@@ -85,6 +86,15 @@ class EmbedOptions(PoolOptions, PreprocessingOptions, ActorOptions):
     draft: Annotated[
         bool, Opt("Decode JPEGs of twice the wanted size or more at a half, quarter or eighth: faster, other pixels.")
     ] = False
+    reuse: Annotated[
+        tuple[str, ...],
+        Opt(
+            "Features of an earlier state of the pool: images that they have are not encoded again. Repeatable.",
+            metavar="DIR",
+            result=False,
+            repeat=True,
+        ),
+    ] = ()
     address: Address = None
     overwrite: Overwrite = False
 
@@ -118,14 +128,7 @@ class SelectOptions(ShardOptions):
     out: Out
     strategy: Annotated[str, Opt("How to pick: see `coresift strategies`.")]
     budget: Annotated[str, Opt("New labels: a count, a percentage of the pool, or several: 100,500,1%.", result=False)]
-    labeled: Annotated[
-        str | None,
-        Opt(
-            "What is labelled already: a selection folder, ids (.txt), pool rows (.json, .npy), or column:NAME of the "
-            "features, where it is true or holds a value.",
-            result=False,
-        ),
-    ] = None
+    labeled: Labeled = None
     exclude: Exclude = None
     predictions: Predictions = None
     seed: Seed = 0
@@ -136,26 +139,6 @@ class SelectOptions(ShardOptions):
     journal_s: Annotated[
         float, Opt("Seconds between two entries of the journal that an unfinished run goes on from.", min=0, result=False)
     ] = 10.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class DedupOptions(ShardOptions):
-    """Find images that are near copies of others (SemDeDup): what `select --exclude` leaves out.
-
-    Of every group of near copies one is kept. They are sought within k-means clusters, so copies on two sides of a border
-    between clusters are not found; --clusters 1 finds all.
-    """
-
-    features: Annotated[str, Opt("Feature store written by embed or import.", positional=True)]
-    out: Out
-    eps: Annotated[float, Opt("Copies have a cosine similarity above 1 - eps to an image that is kept.", min=1e-6, max=1)] = (
-        0.05
-    )
-    clusters: Annotated[
-        int | None, Opt("k-means clusters; 1 is exact. Default: 1 up to 8192 images, else the root of a twentieth.", min=1)
-    ] = None
-    iterations: Annotated[int, Opt("Lloyd steps; stops early once no row moves.", min=0, max=100_000)] = 20
-    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)

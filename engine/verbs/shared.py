@@ -24,6 +24,14 @@ Exclude = Annotated[
     str | None,
     Opt("What may not be picked: a dedup folder, ids (.txt), pool rows (.json, .npy), or column:NAME.", result=False),
 ]
+Labeled = Annotated[
+    str | None,
+    Opt(
+        "What is labelled already: a selection folder, also one of a pool that has grown since; ids (.txt), pool rows (.json, "
+        ".npy), or column:NAME of the features, where it is true or holds a value.",
+        result=False,
+    ),
+]
 Predictions = Annotated[
     str | None,
     Opt(

@@ -9,10 +9,10 @@ from typing import Any
 
 from engine.schema import Progress
 from engine.verbs.assess import AssessOptions
+from engine.verbs.copies import DedupOptions
 from engine.verbs.curves import CurvesOptions
 from engine.verbs.features import (
     CompareOptions,
-    DedupOptions,
     DemoOptions,
     EmbedOptions,
     EvaluateOptions,
