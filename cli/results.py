@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from cli import output
+from cli.conditions import condition_lines
 
 IsOld = Callable[[dict[str, Any]], bool]
 """Whether a manifest was published before the command began."""
@@ -70,14 +71,14 @@ def _select(options: Any, manifests: list[dict[str, Any]], is_old: IsOld) -> Tol
             "digest": manifest["digest"],
             "seconds": manifest["time"]["seconds_s"],
             "already_done": is_old(manifest),
+            **({"constraints": manifest["constraints"]} if "constraints" in manifest else {}),
         }
         for manifest in manifests
     ]
-    lines = [
-        f"{f['out']}: {_before(f['already_done'])}{f['num_picks']:,} picks by {options.strategy}"
-        + ("" if f["already_done"] else f" in {f['seconds']:.1f} s")
-        for f in folders
-    ]
+    lines = []
+    for f, manifest in zip(folders, manifests, strict=True):
+        head = f"{f['out']}: {_before(f['already_done'])}{f['num_picks']:,} picks by {options.strategy}"
+        lines += [head + ("" if f["already_done"] else f" in {f['seconds']:.1f} s"), *condition_lines(manifest)]
     return Told({"command": "select", "strategy": options.strategy, "selections": folders}, "\n".join(lines))
 
 

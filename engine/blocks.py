@@ -29,8 +29,9 @@ class Block:
     `data` holds the vectors, `x` (r, d) float32, or reads them when they are wanted; `rows` (r,) the pool row of each
     vector, ascending; `columns` the per-row columns that the method declared; `predictions` what a model gave for each
     row, or what reads it: `probs` (r, classes), `score` (r, k), of an image's boxes, NaN beyond its last, or `influence`,
-    `stability` (r, 1), NaN for an image that has none; `eligible` (r,) False for rows that may not be picked; `state` what
-    a method keeps between rounds, lost when a shard is restarted.
+    `stability` (r, 1), NaN for an image that has none; `eligible` (r,) False for rows that may not be picked; `cell` (r,) says
+    where a ledger has the rows that might be at first, -1 for others, and `cost` (r,) what they cost, both None where there
+    are no conditions; `state` what a method keeps between rounds, lost when a shard is restarted.
     """
 
     index: int
@@ -40,7 +41,14 @@ class Block:
     columns: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     predictions: dict[str, torch.Tensor | Source] = field(default_factory=dict)
+    cell: Ints | None = None
+    cost: Floats | None = None
     held: torch.Tensor | None = None
+
+    @property
+    def offered(self) -> Bools:
+        """Which rows might be picked when the run began, (r,): the eligible ones, and those that are closed since."""
+        return self.eligible if self.cell is None else self.cell >= 0
 
     @property
     def x(self) -> torch.Tensor:

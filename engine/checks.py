@@ -12,6 +12,7 @@ from engine.store import SCORES
 
 SUM_ERROR = 0.01
 """How far the sum of an image's probabilities may be off 1: float16 rounds each by a 2,048th."""
+
 RANGES = "probabilities are at least 0 and sum to 1, scores are from 0 to 1; give a model's probabilities, not its logits"
 
 

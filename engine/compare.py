@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from engine.arrays import Ints
+from engine.conditions import Conditions, asked_of, read_conditions
 from engine.evaluate import Known, Labelled, check_metrics, measure, read_test
 from engine.folders import Claim, begin, digest_of, publish, read_manifest
 from engine.placement import open_shards
@@ -21,14 +22,16 @@ from engine.select import (
     Strategy,
     check_labels,
     check_vectors,
+    constraints_facts,
     places_read,
     prefix,
     read_excluded,
     read_predictions,
+    request_of,
     strategy_options,
     write_selection,
 )
-from engine.shards import Request, Shards, Step
+from engine.shards import Shards, Step
 from engine.store import FeatureStore, table_bytes
 from engine.verbs import CompareOptions
 
@@ -70,6 +73,7 @@ class Arena:
     shards: Shards
     test: Labelled | None
     excluded: Ints
+    conditions: Conditions | None
     predictions: FeatureStore | None
     options: CompareOptions
 
@@ -83,7 +87,7 @@ def _read_cell(place: Place) -> list[dict[str, Any]] | None:
     return None if manifest is None else list(manifest["metrics"])
 
 
-def _publish_cell(arena: Arena, entrant: Entrant, seed: int, step: Step, seconds: float) -> None:
+def _publish_cell(arena: Arena, entrant: Entrant, seed: int, step: Step, facts: dict[str, Any]) -> None:
     """Write the selection and its metrics, each a folder as everywhere."""
     place, count, nothing = _cell(arena, entrant, seed, len(step.picks)), len(step.picks), np.empty(0, dtype=np.int64)
     inputs = {"features": arena.store.digest, "excluded": digest_of(arena.excluded.tolist())}
@@ -96,8 +100,8 @@ def _publish_cell(arena: Arena, entrant: Entrant, seed: int, step: Step, seconds
         "count": count,
         "normalize": True,
     }
-    selection = place.at("selection")
-    facts = {"time": {"seconds_s": round(seconds, 3)}}
+    identity |= {"constraints": arena.conditions.asked.facts()} if arena.conditions else {}
+    selection, seconds = place.at("selection"), facts["time"]["seconds_s"]
     if begin(selection, "selection", inputs, identity, overwrite=False) is None:
         write_selection(selection, arena.store, step, nothing, facts)
     begin(place.at("metrics"), "metrics", inputs, identity, overwrite=False)
@@ -113,13 +117,15 @@ def _run(arena: Arena, entrant: Entrant, seed: int, counts: list[int], done: Cal
     todo = [count for count in counts if _read_cell(_cell(arena, entrant, seed, count)) is None]
     for _ in range(len(counts) - len(todo)):
         done(entrant.name)
-    for run in [todo] if entrant.strategy.nested and todo else [[count] for count in todo]:
-        request = Request(run[-1], seed, np.empty(0, dtype=np.int64), arena.excluded)
+    nothing = np.empty(0, dtype=np.int64)
+    for run in [todo] if entrant.strategy.nested and todo and not arena.conditions else [[count] for count in todo]:
+        request, shares = request_of(arena.conditions, run[-1], seed, nothing, arena.excluded)
         began = time.perf_counter()
         step = run_method(entrant.method, arena.shards, request, entrant.options)
-        seconds = time.perf_counter() - began
+        facts: dict[str, Any] = {"time": {"seconds_s": round(time.perf_counter() - began, 3)}}
+        facts |= constraints_facts(arena.conditions, shares, arena.shards, step, nothing)
         for count in run:
-            _publish_cell(arena, entrant, seed, prefix(step, count), seconds)
+            _publish_cell(arena, entrant, seed, prefix(step, count), facts)
             done(f"{entrant.name}, {count} picks, seed {seed}")
 
 
@@ -158,21 +164,27 @@ def compare(options: CompareOptions, progress: Progress = no_progress) -> dict[s
     if len(set(names)) != len(names):
         raise InputError(f"--strategies {','.join(names)} names one twice")
     excluded = read_excluded(options.exclude, store)
-    counts = sorted(parse_budgets(options.budget, store.num_vectors, store.num_vectors - len(excluded)))
+    asked, nothing = asked_of(options), np.empty(0, dtype=np.int64)
+    conditions = read_conditions(asked, store, nothing, excluded) if asked else None
+    available = len(conditions.rows) if conditions else store.num_vectors - len(excluded)
+    counts = sorted(parse_budgets(options.budget, store.num_vectors, available))
+    for count in counts:
+        request_of(conditions, count, 0, nothing, excluded)
     test = read_test(options.test, store) if options.test else None
     place = Place(options.out)
     inputs = {"features": store.digest, "test": FeatureStore(options.test).digest if options.test else None}
     inputs |= {"excluded": digest_of(excluded.tolist())} if options.exclude else {}
     inputs |= {"predictions": predictions.digest} if predictions else {}
     reads = places_read(options.features, options.test, options.exclude, options.predictions)
-    claim = Claim.of(place, "comparison", inputs, result_options(options), options.overwrite, reads)
+    identity = result_options(options) | ({"constraints": asked.facts()} if asked else {})
+    claim = Claim.of(place, "comparison", inputs, identity, options.overwrite, reads)
     published = claim.published()
     if published is not None:
         return published
     columns = tuple(dict.fromkeys(name for strategy in strategies for name in strategy.columns))
     with open_shards(store, options, True, columns, predictions) as shards:
         claim.take()
-        arena = Arena(place, store, shards, test, excluded, predictions, options)
+        arena = Arena(place, store, shards, test, excluded, conditions, predictions, options)
         finished, total = 0, len(entrants) * options.seeds * len(counts)
 
         def done(note: str) -> None:

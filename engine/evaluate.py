@@ -21,12 +21,13 @@ from engine.canonical import normalize
 from engine.draws import random_keys
 from engine.evaluate_model import FOR_MODELS, evaluate_model, given_of, is_checkpoint
 from engine.folders import Claim, publish
-from engine.nearest import nearest, nearest_sqdist
+from engine.nearest import nearest
 from engine.placement import open_shards
 from engine.places import Place
 from engine.probe import accuracy, train_head
 from engine.schema import InputError, Progress, no_progress, result_options
 from engine.select import read_selection
+from engine.select.quality import distances
 from engine.shards import Shards
 from engine.store import FeatureStore
 from engine.verbs import EvaluateOptions, MeasureOptions
@@ -112,13 +113,6 @@ def linear_accuracy(train: Labelled, test: Labelled, epochs: int, seed: int) -> 
     return accuracy(train_head(train.x, train.y, classes, epochs, seed), test.x, test.y)
 
 
-def _distances(block: Block, picks: npt.NDArray[np.float32]) -> tuple[int, float, float]:
-    """Return (rows, sum, maximum) of the distances from the block's rows to their nearest pick."""
-    _, sqdist = nearest_sqdist(block.x, torch.tensor(picks), block.norms)
-    distance = np.sqrt(sqdist)
-    return len(distance), float(distance.sum()), float(distance.max(initial=0.0))
-
-
 def _sample(block: Block, seed: int, m: int) -> tuple[npt.NDArray[np.uint64], Ints]:
     rows = np.unique(block.rows)  # an image's patterns are drawn together
     return smallest(random_keys(seed, (EMD_KEY,), rows), rows, m)
@@ -148,10 +142,9 @@ def coverage(known: Known, shards: Shards, rows: Ints, sample: int, seed: int) -
         mine = known.labels[np.searchsorted(known.rows, rows)]
         share = 100 * float(np.isin(classes, mine).mean())
         yield "class_coverage", share, f"% of {len(classes)} classes"
-    counts = shards.map(_distances, shards.take(rows).numpy())
-    total = sum(count for count, _, _ in counts)
-    yield "mean_distance", sum(value for _, value, _ in counts) / total, "L2, pool row to its nearest pick"
-    yield "covering_radius", max(value for _, _, value in counts), "L2, the farthest pool row"
+    mean, radius = distances(shards, rows)
+    yield "mean_distance", mean, "L2, pool row to its nearest pick"
+    yield "covering_radius", radius, "L2, the farthest pool row"
     value, note = earth_movers_distance(shards, rows, sample, seed)
     yield "emd", value, note
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.ledger import Ledger
 from engine.places import Place
 from engine.schema import Progress, RunError, no_progress
 from engine.shards import LostShardError, Request, Shards, Step, prepare
@@ -61,6 +62,11 @@ def _said(step: Step) -> str:
     return ", ".join(filter(None, [objective, step.note]))
 
 
+def _lacking(request: Request, step: Step) -> int:
+    """Return how many picks are due after a step: what a ledger says that is made again from its picks."""
+    return replace(request, ledger=Ledger(request.terms, step.picks.tolist())).lacking(len(step.picks))
+
+
 def run_method(
     method: Method,
     shards: Shards,
@@ -71,17 +77,18 @@ def run_method(
 ) -> Step:
     """Run a method to its end and return its last step, checked against the contract of every strategy.
 
-    Rows labelled already or excluded are not eligible. Goes on from the journal, and from the step before where a
-    shard is lost: the shards are made again, and the method rebuilds what it kept there. Raises RunError when shards
-    are lost ATTEMPTS times in a row.
+    Rows labelled already or excluded are not eligible, and picks meet the request's terms. Goes on from the journal, and
+    from the step before where a shard is lost: the shards are made again, and the method rebuilds what it kept there.
+    Raises RunError when shards are lost ATTEMPTS times in a row.
     """
     last = journal.read() if journal else None
     written = -np.inf
     lost = 0
-    while last is None or last.number < last.total or len(last.picks) < request.budget:
+    while last is None or last.number < last.total or _lacking(request, last):
         try:
-            prepare(shards, np.union1d(request.labeled, request.excluded))
-            for step in method(shards, replace(request, resume=last), options):
+            prepare(shards, np.union1d(request.labeled, request.excluded), request.terms)
+            ledger = Ledger(request.terms, last.picks.tolist() if last else ())
+            for step in method(shards, replace(request, resume=last, ledger=ledger), options):
                 last, lost = step, 0
                 progress("select", last.number, last.total, _said(last))
                 if journal and time.monotonic() - written >= journal.every_s:
@@ -93,6 +100,7 @@ def run_method(
                 raise RunError(f"shards were lost {lost} times in a row: {error}") from error
             progress("select", last.number if last else 0, last.total if last else 0, "a shard was lost and is made again")
             shards.restore()
-    assert len(last.picks) == len(last.gains) == len(np.unique(last.picks)) == request.budget
+    assert len(last.picks) == len(last.gains) == len(np.unique(last.picks))
+    assert not _lacking(request, last)
     assert not np.isin(last.picks, np.union1d(request.labeled, request.excluded)).any()
     return last

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +20,7 @@ from engine import session
 from engine.arrays import Floats, Ints
 from engine.blocks import Block
 from engine.canonical import rows_at
+from engine.ledger import Closing, Ledger, Terms
 from engine.products import precision
 from engine.reading import Reading, load_blocks
 from engine.schema import BLOCK_ROWS, InputError, first_line
@@ -34,7 +35,8 @@ class Request:
     """What a method is asked for: `budget` new rows, given the rows labelled already (ascending pool rows).
 
     `excluded` rows may not be picked either, but are not labelled. `resume` is the step to go on from: what the same
-    run yielded before it was cut short, with nothing left in the blocks.
+    run yielded before it was cut short, with nothing left in the blocks. `ledger` is the account of `terms`, what the picks
+    must satisfy together: every pick is entered there. Where a sum is spent, `budget` is about how many picks it pays for.
     """
 
     budget: int
@@ -42,6 +44,18 @@ class Request:
     labeled: Ints
     excluded: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     resume: Step | None = None
+    terms: Terms | None = None
+    ledger: Ledger = field(default_factory=Ledger)
+
+    def lacking(self, made: int) -> int:
+        """Return how many more picks are due after `made`, at most where a sum is spent; 0 at the end."""
+        return self.ledger.at_most() if self.ledger.priced else self.budget - made
+
+    def total(self, made: int) -> int:
+        """Return how many picks there will be, as far as is known after `made`: no more than that at the end only."""
+        if not self.ledger.priced:
+            return self.budget
+        return max(self.budget, made + 1) if self.lacking(made) else made
 
 
 @dataclass(frozen=True)
@@ -166,9 +180,30 @@ def take_patterns(shards: Shards, rows: Ints) -> tuple[torch.Tensor, Ints]:
     return rows_at(torch.cat([x for _, x in found]), order), owner[order]
 
 
-def _reset(block: Block, excluded: Ints) -> None:
+def _reset(block: Block, excluded: Ints, terms: Terms | None) -> None:
     block.state.clear()
     block.eligible = ~np.isin(block.rows, excluded)
+    block.cell = block.cost = None
+    if terms is not None:
+        at = np.searchsorted(terms.rows, block.rows[block.eligible])
+        block.cell = np.full(len(block.rows), -1, dtype=np.int64)
+        block.cell[block.eligible] = terms.cell[at]
+        if terms.cost is not None:
+            block.cost = np.zeros(len(block.rows))
+            block.cost[block.eligible] = terms.cost[at]
+
+
+def _close(block: Block, closing: Closing) -> None:
+    if block.cell is not None:
+        block.eligible = block.offered & ~closing.cells[block.cell]
+    if block.cost is not None:
+        block.eligible &= block.cost <= closing.affordable
+
+
+def close(shards: Shards, ledger: Ledger) -> None:
+    """Make ineligible, in the blocks, what a ledger allows no more; picks are left as they are."""
+    if ledger.bound:
+        shards.map(_close, ledger.closing())
 
 
 class LocalShards:
@@ -358,6 +393,6 @@ def from_array(
     return LocalShards(blocks, x.shape[1])
 
 
-def prepare(shards: Shards, excluded: Ints) -> None:
-    """Make shards ready for a fresh run: no state left, and `excluded` rows not eligible."""
-    shards.map(_reset, excluded)
+def prepare(shards: Shards, excluded: Ints, terms: Terms | None = None) -> None:
+    """Make shards ready for a fresh run: no state left, and `excluded` rows not eligible; the others are those of `terms`."""
+    shards.map(_reset, excluded, replace(terms, network=None) if terms else None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
@@ -13,8 +13,18 @@ def sqdist(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return ((x.astype(np.float64) - y.astype(np.float64)) ** 2).sum(axis=1)
 
 
-def coreset(x: np.ndarray, budget: int, labeled: list[int], first: int | None, eligible: np.ndarray) -> list[int]:
-    """k-center greedy, one at a time; ties go to the smaller row (argmax takes the first)."""
+Allow = Callable[[int, list[int]], bool]
+
+
+def anything(row: int, made: list[int]) -> bool:
+    """No conditions."""
+    return True
+
+
+def coreset(
+    x: np.ndarray, budget: int, labeled: list[int], first: int | None, eligible: np.ndarray, allow: Allow = anything
+) -> list[int]:
+    """k-center greedy, one at a time among what is allowed; ties go to the smaller row."""
     nearest, picks = np.full(len(x), np.inf), list(labeled)
     if first is not None:
         picks.append(first)
@@ -23,7 +33,8 @@ def coreset(x: np.ndarray, budget: int, labeled: list[int], first: int | None, e
     made = picks[len(labeled) :]
     while len(made) < budget:
         open_rows = np.array([row for row in range(len(x)) if eligible[row] and row not in made])
-        made.append(int(open_rows[np.argmax(nearest[open_rows])]))
+        order = open_rows[np.argsort(-nearest[open_rows], kind="stable")].tolist()
+        made.append(next(row for row in order if allow(row, made)))
         nearest = np.minimum(nearest, sqdist(x, x[made[-1]]))
     return made
 
@@ -72,15 +83,19 @@ def typiclust(x: np.ndarray, centres: np.ndarray, budget: int, labeled: list[int
     return made
 
 
-def coverage(k: np.ndarray, budget: int, labeled: list[int], eligible: np.ndarray) -> tuple[list[int], list[float]]:
+def coverage(
+    k: np.ndarray, budget: int, labeled: list[int], eligible: np.ndarray, allow: Allow = anything
+) -> tuple[list[int], list[float]]:
     """One-at-a-time greedy maximum of mean_i max_p k[i, p]: picks and what each adds; ties go to the smaller row."""
     best = k[:, labeled].max(axis=1, initial=0.0)
     made, gains = [], []
     while len(made) < budget:
         open_rows = np.array([row for row in range(len(k)) if eligible[row] and row not in made])
         added = np.maximum(k[:, open_rows] - best[:, None], 0).mean(axis=0)
-        made.append(int(open_rows[added.argmax()]))
-        gains.append(float(added.max()))
+        best_first = np.argsort(-added, kind="stable").tolist()
+        at = next(at for at in best_first if allow(int(open_rows[at]), made))
+        made.append(int(open_rows[at]))
+        gains.append(float(added[at]))
         best = np.maximum(best, k[:, made[-1]])
     return made, gains
 

@@ -85,7 +85,7 @@ def test_snap_by_hand() -> None:
     x = unit(np.array([[1, 0], [0.9, 0.1], [0, 1]], dtype=np.float32))
     shards = from_array(x)
     prepare(shards, NOTHING)
-    rows, products = snap(shards, x[[0, 0]])
+    rows, products = snap(shards, x[[0, 0]], Request(2, 0, NOTHING))
     assert rows.tolist() == [0, 1]
     assert products[0] == pytest.approx(1.0)
 
@@ -101,7 +101,7 @@ def test_snap_equals_a_full_sort(width: int) -> None:
     for vector in vectors.astype(np.float64):
         order = np.argsort(-(x.astype(np.float64) @ vector), kind="stable")
         expected.append(next(int(row) for row in order if row not in expected and row % 4))
-    assert snap(shards, vectors, width)[0].tolist() == expected
+    assert snap(shards, vectors, Request(len(vectors), 0, labeled), width)[0].tolist() == expected
 
 
 def test_batches_give_the_whole_pool_when_they_hold_it_all() -> None:

@@ -12,7 +12,8 @@ import pytest
 from engine.compare import compare, specs
 from engine.ingest import import_features
 from engine.schema import InputError
-from engine.select import _rows_of_column, read_labeled, select
+from engine.select import read_labeled, select
+from engine.select.given import _rows_of_column
 from engine.store import FeatureStore
 from engine.verbs import CompareOptions, ImportOptions, SelectOptions
 

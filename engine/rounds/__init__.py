@@ -25,6 +25,7 @@ from engine.rounds.plan import (
     Learner,
     Plan,
     Read,
+    check_conditions,
     check_start,
     check_strategy,
     counts_of,
@@ -71,6 +72,7 @@ def _plan(options: RoundsOptions) -> tuple[Plan, Learner]:
     else:
         learner = Networks(options, strategy, oracle)
         check_start(options, FeatureStore(options.features) if options.features else None)
+    check_conditions(options)
     start, add = counts_of(options, learner.num_rows)
     parse_hold_out(options.hold_out, start)
     learner.check(start)
@@ -93,6 +95,8 @@ def _claim(plan: Plan, learner: Learner) -> Claim:
         "hold_out": options.hold_out,
         "oracle": f"{plan.oracle.kind}:{oracle}",
     }
+    asked = check_conditions(options)
+    identity |= {"constraints": asked.facts()} if asked else {}
     reads = [*learner.reads(), *([options.oracle] if plan.oracle.kind != "column" else [])]
     return Claim.of(plan.out, "rounds", inputs, identity, options.overwrite, reads)
 
@@ -126,6 +130,10 @@ def _select(plan: Plan, learner: Learner, number: int, progress: Progress) -> tu
             option=options.strategy_option if number else options.start_option,
             budget=str(plan.count(number)),
             labeled=labeled,
+            quota=options.quota,
+            balance=options.balance,
+            cap=options.cap,
+            where=options.where,
             seed=options.seed,
             normalize=read.normalize,
             workers=options.embed_workers,

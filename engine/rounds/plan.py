@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
+from engine.conditions import Asked, asked_of
 from engine.folders import let_go
 from engine.oracles import Oracle, Subject
 from engine.places import Place
@@ -14,6 +15,7 @@ from engine.scoring import DIFFERENTIATED
 from engine.select import Strategy, strategy_options
 from engine.store import FeatureStore
 from engine.verbs import SCORING, RoundsOptions
+from engine.where import names_in
 
 LABELS, LABELED = "labels.parquet", "labeled.json"
 HOLD_OUT = "10%"
@@ -163,6 +165,16 @@ def check_strategy(name: str, pairs: Iterable[str], flag: str) -> tuple[Strategy
     if "label" in strategy.columns:
         raise InputError(f"strategy {name!r} reads the labels of the whole pool, which nobody has paid for: use random")
     return strategy, chosen
+
+
+def check_conditions(options: RoundsOptions) -> Asked | None:
+    """Return the conditions that every round's picks must meet; raises InputError for those on labels not paid for."""
+    asked = asked_of(options)
+    if asked is not None and ("label" in asked.columns or (asked.where and "label" in names_in(asked.where))):
+        raise InputError(
+            "--quota, --balance, --cap and --where can't ask for `label` in rounds: nobody has paid for the labels"
+        )
+    return asked
 
 
 def check_start(options: RoundsOptions, store: FeatureStore | None) -> None:

@@ -24,6 +24,7 @@ from engine.canonical import rows_at, single_thread
 from engine.draws import random_keys, random_subset
 from engine.nearest import merge_lists, top_similar
 from engine.schema import Opt
+from engine.select.picking import UNCONDITIONAL, Shelves, both_ways
 from engine.select.shortlists import follow
 from engine.shards import Request, Shards, Step
 
@@ -218,24 +219,23 @@ def _lists(block: Block, centres: Matrix, taken: Ints, m: int) -> tuple[Floats, 
     return top_similar(rows_at(block.x, keep), block.rows[keep], torch.tensor(centres), m, block.norms[keep])
 
 
-def snap(shards: Shards, centres: Matrix, width: int = 8) -> tuple[Ints, Floats]:
-    """Give each vector, in index order, its most similar eligible row not yet taken; return rows and products, (b,).
+def snap(shards: Shards, centres: Matrix, request: Request, width: int = 8) -> tuple[Ints, Floats]:
+    """Give each vector, in index order, its most similar allowed row not yet taken; return rows and products.
 
-    Each vector keeps a list of its `width` best rows; a list that is used up is made anew without the rows taken.
+    Each vector has a shelf of its `width` best rows, or a few more. Where a sum is spent, they go round as often as it lasts.
     """
-    b = len(centres)
-    rows, products = np.full(b, -1, dtype=np.int64), np.full(b, -np.inf)
-    taken: set[int] = set()
-    while len(taken) < b:
-        todo = np.flatnonzero(rows < 0)
-        gone = np.fromiter(sorted(taken), dtype=np.int64, count=len(taken))
-        values, lists = shards.map(_lists, centres[todo], gone, width, combine=merge_lists)
-        for position, vector in enumerate(todo):
-            free = next((rank for rank, row in enumerate(lists[position]) if int(row) not in taken), None)
-            if free is None or lists[position][free] < 0:
-                break
-            rows[vector], products[vector] = lists[position][free], values[position][free]
-            taken.add(int(rows[vector]))
+    every = np.arange(len(centres), dtype=np.int64)
+
+    def fetch(shelves: Ints, most: Ints, taken: Ints) -> list[Ranked]:
+        values, rows = shards.map(_lists, centres[shelves], taken, int(most.max()), combine=merge_lists)
+        return [(some[found >= 0], found[found >= 0]) for some, found in zip(values, rows, strict=True)]
+
+    shelves = Shelves(shards, request, fetch, np.ones_like(every), spare=width - 1)
+    rows, products = np.empty(0, dtype=np.int64), np.empty(0)
+    while request.lacking(len(rows)):
+        found, some = shelves.take_all(every)
+        rows, products = np.concatenate([rows, found[found >= 0]]), np.concatenate([products, some[found >= 0]])
+        shelves.due[:] = 1
     return rows, products
 
 
@@ -282,5 +282,6 @@ def activeft(shards: Shards, request: Request, options: Options) -> Iterator[Ste
         arrays = {"t": adam.t, "mean": adam.mean, "square": adam.square}
         yield Step(step + 1, total + 1, nothing, np.empty(0), "", loss, arrays=arrays)
     free, _ = _unit(adam.t)
-    picks, products = snap(shards, free)
-    yield Step(total + 1, total + 1, picks, products, columns={"similarity": products})
+    (picks, products), aside = both_ways(request, partial(snap, shards, free))
+    last = {UNCONDITIONAL: aside[0]} if aside else {}
+    yield Step(total + 1, total + 1, picks, products, columns={"similarity": products}, arrays=last)

@@ -21,9 +21,9 @@ from engine.canonical import canonical_dot, rows_at
 from engine.draws import random_uniform
 from engine.nearest import TILE_ELEMENTS
 from engine.products import score_error, scores
-from engine.select.columns import first_of_permutation
+from engine.select.picking import draw
 from engine.select.seeding import Walk, drawn, places_drawn
-from engine.shards import Request, Shards, Step, take_predicted
+from engine.shards import Request, Shards, Step, close, take_predicted
 
 CANDIDATES = 1024
 """Images that a round looks at, and by which distances are lowered at once."""
@@ -124,7 +124,7 @@ def _state(block: Block) -> None:
 def _lower(block: Block, new: Gradients, taken: Ints) -> None:
     """Lower distances by the embeddings of new images, and close those images."""
     _state(block)
-    block.state["open"] &= ~np.isin(block.rows, taken)
+    block.state["open"] &= block.eligible & ~np.isin(block.rows, taken)
     if len(block.rows):
         mine = Gradients.of(block.predicted("probs"), block.x)
         block.state["sqdist"] = _nearest(mine, new.to(block.x.device), block.state["sqdist"])
@@ -160,8 +160,9 @@ def _among(g: Gradients, slot: int, others: Ints) -> Floats:
     return _sqdist(g, np.full(len(others), slot, dtype=np.int64), g, others)
 
 
-def _take(shards: Shards, wanted: int, seed: int, number: int) -> tuple[Ints, list[float]] | None:
+def _take(shards: Shards, request: Request, before: int, number: int) -> tuple[Ints, list[float]] | None:
     """Return the rows that a round draws and their distances when they were; None where all distances are zero."""
+    seed = request.seed
     found = drawn(shards, np.array(shards.map(_mass)), _draw, CANDIDATES, seed, (BLOCK_DRAW, number))
     if found is None:
         return None
@@ -170,9 +171,9 @@ def _take(shards: Shards, wanted: int, seed: int, number: int) -> tuple[Ints, li
     walk = Walk(*_pairwise(g), partial(_among, g), stale)
     gains: list[float] = []
     for slot, u in enumerate(random_uniform(seed, (ACCEPT_DRAW, number), np.arange(len(rows), dtype=np.int64))):
-        if len(gains) == wanted:
+        if not request.lacking(before + len(gains)):
             break
-        if walk.passes(slot, float(u)):
+        if walk.passes(slot, float(u)) and request.ledger.takes(int(rows[slot])):
             gains.append(float(np.sqrt(walk.settled(slot))))
             walk.accept(slot)
     return rows[walk.accepted], gains
@@ -188,26 +189,27 @@ def badge(shards: Shards, request: Request, options: Options) -> Iterator[Step]:
     where that code takes the largest embedding; and labelled images count, which it leaves out. A model that has fitted
     those has embeddings near zero for them.
     """
-    last, budget, nothing = request.resume, request.budget, np.empty(0, dtype=np.int64)
+    last, nothing = request.resume, np.empty(0, dtype=np.int64)
     rows = last.picks if last else nothing
     gains: list[float] = last.gains.tolist() if last else []
     number = int(last.arrays["round"]) if last else 0
-    if budget and not len(rows) and not len(request.labeled):
-        rows, gains = first_of_permutation(shards, request.seed, FIRST_KEY, nothing, 1), [np.nan]
+    if request.budget and not len(rows) and not len(request.labeled):
+        rows, gains = draw(shards, request, (FIRST_KEY,), nothing, 1), [np.nan]
     new = np.concatenate([request.labeled, rows])
     while True:
         note, arrays = f"{number} rounds", {"round": np.array(number)}
-        yield Step(len(rows), budget, rows, np.array(gains), note, arrays=arrays)
-        if len(rows) == budget:
+        total = request.total(len(rows))
+        yield Step(len(rows), total, rows, np.array(gains), note, arrays=arrays)
+        if len(rows) == total:
             return
+        close(shards, request.ledger)
         for start in range(0, len(new), CANDIDATES):
             chunk = new[start : start + CANDIDATES]
             shards.map(_lower, _gradients(shards, chunk), chunk)
-        wanted = budget - len(rows)
-        found = _take(shards, wanted, request.seed, number)
+        found = _take(shards, request, len(rows), number)
         if found is None:
-            new = first_of_permutation(shards, request.seed, REST_KEY, rows, wanted)
-            gains = gains + [0.0] * wanted
+            new = draw(shards, request, (REST_KEY,), rows)
+            gains = gains + [0.0] * len(new)
         else:
             new, gains = found[0], gains + found[1]
         rows, number = np.concatenate([rows, new]), number + 1

@@ -12,6 +12,7 @@ from engine.arrays import Bools, Ints
 from engine.blocks import Block, Ranked, merge_smallest, smallest
 from engine.draws import random_keys
 from engine.schema import InputError
+from engine.select.picking import Shelves, draw
 from engine.shards import Request, Shards, Step
 
 NO_GAIN = np.nan
@@ -22,22 +23,9 @@ class Options:
     """Neither has any."""
 
 
-def _lowest_keys(block: Block, seed: int, m: int, taken: Ints) -> Ranked:
-    open_rows = np.unique(block.rows[block.eligible & ~np.isin(block.rows, taken)])  # several vectors an image: one key
-    return smallest(random_keys(seed, (), open_rows), open_rows, m)
-
-
-def _draw(shards: Shards, seed: int, m: int, taken: Ints) -> Ints:
-    """Return the first m rows of the seeded permutation of the eligible rows, `taken` left out."""
-    if m == 0:
-        return np.empty(0, dtype=np.int64)
-    _, rows = shards.map(_lowest_keys, seed, m, taken, combine=partial(merge_smallest, m))
-    return np.asarray(rows, dtype=np.int64)
-
-
 def random(shards: Shards, request: Request, options: Options) -> Iterator[Step]:
     """Pick the first `budget` rows of one seeded permutation: smaller budgets are prefixes of larger ones."""
-    picks = _draw(shards, request.seed, request.budget, np.empty(0, dtype=np.int64))
+    picks = draw(shards, request, (), np.empty(0, dtype=np.int64))
     yield Step(1, 1, picks, np.full(len(picks), NO_GAIN))
 
 
@@ -45,17 +33,17 @@ def _classes(block: Block) -> Ints:
     return np.unique(block.columns["label"])
 
 
-def _lowest_keys_by_class(block: Block, seed: int, classes: Ints, m: int) -> list[Ranked]:
+def _lowest_keys_by_class(block: Block, seed: int, classes: Ints, most: Ints, taken: Ints) -> list[Ranked]:
     found = []
-    for label in classes:
-        mine: Bools = block.eligible & (block.columns["label"] == label)
+    for label, m in zip(classes, most.tolist(), strict=True):
+        mine: Bools = block.eligible & (block.columns["label"] == label) & ~np.isin(block.rows, taken)
         rows = np.unique(block.rows[mine])
         found.append(smallest(random_keys(seed, (), rows), rows, m))
     return found
 
 
-def _merge_classes(m: int, a: list[Ranked], b: list[Ranked]) -> list[Ranked]:
-    return [merge_smallest(m, x, y) for x, y in zip(a, b, strict=True)]
+def _merge_classes(most: Ints, a: list[Ranked], b: list[Ranked]) -> list[Ranked]:
+    return [merge_smallest(m, x, y) for m, x, y in zip(most.tolist(), a, b, strict=True)]
 
 
 def uniform(shards: Shards, request: Request, options: Options) -> Iterator[Step]:
@@ -67,11 +55,14 @@ def uniform(shards: Shards, request: Request, options: Options) -> Iterator[Step
     classes = np.unique(np.concatenate(shards.map(_classes)))
     if len(classes) == 0 or classes[0] < 0:
         raise InputError("strategy 'uniform' reads the pool's labels, and some rows have none: use 'random'")
-    share = request.budget // len(classes)
-    rounds: list[tuple[int, int, int]] = []
-    if share:
-        by_class = shards.map(_lowest_keys_by_class, request.seed, classes, share, combine=partial(_merge_classes, share))
-        rounds = [(turn, c, int(row)) for c, (_, rows) in enumerate(by_class) for turn, row in enumerate(rows)]
-    picks = np.array([row for _, _, row in sorted(rounds)], dtype=np.int64)
-    picks = np.concatenate([picks, _draw(shards, request.seed, request.budget - len(picks), picks)])
+
+    def fetch(shelves: Ints, most: Ints, taken: Ints) -> list[Ranked]:
+        given = request.seed, classes[shelves], most, taken
+        found: list[Ranked] = shards.map(_lowest_keys_by_class, *given, combine=partial(_merge_classes, most))
+        return found
+
+    share, every = request.budget // len(classes), np.arange(len(classes), dtype=np.int64)
+    rows, _ = Shelves(shards, request, fetch, np.full(len(classes), share, dtype=np.int64)).take_all(np.tile(every, share))
+    picks = rows[rows >= 0]
+    picks = np.concatenate([picks, draw(shards, request, (), picks)])
     yield Step(1, 1, picks, np.full(len(picks), NO_GAIN))

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from engine.arrays import Bools, Floats, Ints
-from engine.blocks import Block
+from engine.blocks import Block, Ranked
+from engine.draws import random_keys
 from engine.nearest import nearest_sqdist
 from engine.select.lloyd import Matrix, largest_entry, lloyd
 from engine.select.seeding import d2_seeds
@@ -133,3 +136,57 @@ def packs(clusters: Ints, rows: Ints, most: int) -> Iterator[Ints]:
 def rank_within(group: Ints) -> Ints:
     """Return the place of each entry within its run of equal values; `group` is sorted."""
     return np.arange(len(group), dtype=np.int64) - np.searchsorted(group, group)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Rows chosen from clusters: by cluster, then key, then row; `sqdist` is the one to the cluster's centre."""
+
+    cluster: Ints
+    key: npt.NDArray[Any]
+    row: Ints
+    sqdist: Floats
+
+    def shelves(self, clusters: Ints) -> list[Ranked]:
+        """Return the keys and rows of each of some clusters."""
+        low, high = np.searchsorted(self.cluster, clusters), np.searchsorted(self.cluster, clusters, "right")
+        return [(self.key[a:b], self.row[a:b]) for a, b in zip(low, high, strict=True)]
+
+
+def _first(most: Ints, found: Chosen) -> Chosen:
+    order = np.lexsort((found.row, found.key, found.cluster))
+    cluster = found.cluster[order]
+    kept = order[rank_within(cluster) < most[cluster]]
+    return Chosen(found.cluster[kept], found.key[kept], found.row[kept], found.sqdist[kept])
+
+
+def _choose(block: Block, most: Ints, taken: Ints, draw: tuple[int, int] | None) -> Chosen:
+    cluster, sqdist = cluster_distances(block)
+    ok = np.flatnonzero(block.eligible & ~np.isin(block.rows, taken))
+    key = sqdist[ok] if draw is None else random_keys(draw[0], (draw[1],), block.rows[ok])
+    return _first(most, Chosen(cluster[ok], key, block.rows[ok], sqdist[ok]))
+
+
+def _merge(most: Ints, a: Chosen, b: Chosen) -> Chosen:
+    pairs = ((a.cluster, b.cluster), (a.key, b.key), (a.row, b.row), (a.sqdist, b.sqdist))
+    return _first(most, Chosen(*(np.concatenate(pair) for pair in pairs)))
+
+
+def first_members(shards: Shards, most: Ints, taken: Ints, draw: tuple[int, int] | None = None) -> Chosen:
+    """Return the most[c] eligible rows closest to the centre of each cluster c, or the first drawn by (seed, key).
+
+    `taken` are left out; fewer where a cluster has fewer. `settle` comes first.
+    """
+    found: Chosen = shards.map(_choose, most, taken, draw, combine=partial(_merge, most))
+    return found
+
+
+def _open(block: Block, k: int, taken: Ints) -> Ints:
+    cluster, _ = cluster_distances(block)
+    return np.bincount(cluster[block.eligible & ~np.isin(block.rows, taken)], minlength=k)
+
+
+def open_members(shards: Shards, k: int, taken: Ints) -> Ints:
+    """Return how many eligible rows, `taken` left out, each of k clusters has, (k,)."""
+    counts: Ints = shards.map(_open, k, taken, combine=np.add)
+    return counts

@@ -11,29 +11,16 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.arrays import Bools, Ints
-from engine.blocks import Block, Ranked, merge_smallest, smallest
-from engine.draws import random_keys
-from engine.shards import Shards
+from engine.blocks import Block, smallest
+from engine.shards import Request, Shards
 
 CANDIDATES, COLUMN_ENTRIES = 1024, 1 << 20
 """Rows brought to the driver in a round, and edges into them (or one column, if that has more)."""
-
-
-def _lowest_keys(block: Block, seed: int, key: int, taken: Ints, m: int) -> Ranked:
-    rows = block.rows[block.eligible & ~np.isin(block.rows, taken)]
-    return smallest(random_keys(seed, (key,), rows), rows, m)
-
-
-def first_of_permutation(shards: Shards, seed: int, key: int, taken: Ints, m: int) -> Ints:
-    """Return the first m rows of a seeded permutation of the eligible rows, `taken` left out; fewer if there are fewer."""
-    found: Ranked = shards.map(_lowest_keys, seed, key, taken, m, combine=partial(merge_smallest, m))
-    return found[1]
 
 
 @dataclass(frozen=True)
@@ -120,16 +107,19 @@ class _Batch:
         self.best[self.at[part]] = np.maximum(self.best[self.at[part]], self.value[part])
 
 
-def _greedy(batch: _Batch, rows: Ints, outside: tuple[int, int], wanted: int) -> tuple[list[tuple[int, int]], Ints]:
-    """Pick among candidates while the best beats `outside`, a (-bound, row); ties go to the smaller row.
+def _greedy(
+    batch: _Batch, rows: Ints, outside: tuple[int, int], request: Request, before: int
+) -> tuple[list[tuple[int, int]], Ints]:
+    """Pick among candidates while the best that is allowed beats `outside`, a (-bound, row); ties go to the smaller row.
 
-    Returns (candidate, gain) of each pick, and a bound for each candidate, -1 for picks.
+    `before` picks were made before. Returns (candidate, gain) of each pick, and a bound for each candidate, -1 for picks and
+    for what is not allowed.
     """
     bounds = np.array([batch.gain(c) for c in range(len(rows))], dtype=np.int64)
     heap = [(-int(bounds[c]), int(rows[c]), c) for c in range(len(rows))]
     heapq.heapify(heap)
     made: list[tuple[int, int]] = []
-    while heap and len(made) < wanted:
+    while heap and request.lacking(before + len(made)):
         negative, row, candidate = heap[0]
         bounds[candidate] = exact = batch.gain(candidate)
         if exact != -negative:
@@ -138,9 +128,10 @@ def _greedy(batch: _Batch, rows: Ints, outside: tuple[int, int], wanted: int) ->
         if exact == 0 or (negative, row) > outside:
             break
         heapq.heappop(heap)
-        batch.pick(candidate)
-        made.append((candidate, exact))
         bounds[candidate] = -1
+        if request.ledger.takes(row):
+            batch.pick(candidate)
+            made.append((candidate, exact))
     return made, bounds
 
 
@@ -150,8 +141,9 @@ class LazyGreedy:
     `picks` and `gains` are all that were made so far, here or before; `covered` is the sum attained.
     """
 
-    def __init__(self, shards: Shards, rows: Ints, eligible: Bools, picks: Ints, gains: Ints) -> None:
-        self.shards, self.rows, self.eligible, self.picks, self.gains = shards, rows, eligible, picks, gains
+    def __init__(self, shards: Shards, request: Request, rows: Ints, eligible: Bools, picks: Ints, gains: Ints) -> None:
+        self.shards, self.request, self.rows, self.eligible = shards, request, rows, eligible
+        self.picks, self.gains = picks, gains
         self.bounds, self.degree = np.zeros((2, len(rows)), dtype=np.int64)
         self.pending = picks[:0]
         self.covered = 0
@@ -165,8 +157,11 @@ class LazyGreedy:
             self.covered += covered
         self.bounds[~self.eligible | np.isin(self.rows, self.picks)] = -1
 
-    def advance(self, wanted: int) -> bool:
-        """Make the picks of one round, up to `wanted` in all, maybe none; False once no row adds anything."""
+    def advance(self) -> bool:
+        """Make the picks of one round, maybe none; False once no row that is allowed adds anything."""
+        if self.request.ledger.bound:
+            still = np.flatnonzero(self.bounds >= 0)
+            self.bounds[still[~self.request.ledger.allowed(self.rows[still])]] = -1
         keys, at = smallest(-self.bounds, np.arange(len(self.rows), dtype=np.int64), CANDIDATES + 1)
         if len(keys) == 0 or keys[0] >= 0:
             return False
@@ -175,7 +170,7 @@ class LazyGreedy:
         outside = (int(keys[m]), int(self.rows[at[m]])) if len(keys) > m else (1, 0)
         batch = self.rows[at[:m]]
         columns = self.shards.map(_columns, self.pending, batch)
-        made, self.bounds[at[:m]] = _greedy(_Batch(columns, m), batch, outside, wanted - len(self.picks))
+        made, self.bounds[at[:m]] = _greedy(_Batch(columns, m), batch, outside, self.request, len(self.picks))
         self.pending = batch[[candidate for candidate, _ in made]]
         self.picks = np.concatenate([self.picks, self.pending])
         self.gains = np.concatenate([self.gains, np.array([gain for _, gain in made], dtype=np.int64)])

@@ -15,13 +15,13 @@ from typing import Annotated
 import numpy as np
 import torch
 
-from engine.arrays import Floats, Ints
+from engine.arrays import Bools, Floats, Ints
 from engine.blocks import Block, Ranked, merge_smallest, smallest
 from engine.canonical import canonical_sqdist, pairwise_sqdist
-from engine.draws import random_keys
 from engine.nearest import Centres, nearer_bounds
 from engine.schema import Opt
-from engine.shards import Request, Shards, Step
+from engine.select.picking import draw
+from engine.shards import Request, Shards, Step, close
 
 LABELED_CHUNK = 4096
 """Rows by which distances are lowered at once where there are many already."""
@@ -36,11 +36,6 @@ class Options:
     ] = 1024
 
 
-def _lowest_key(block: Block, seed: int) -> Ranked:
-    rows = block.rows[block.eligible]
-    return smallest(random_keys(seed, (), rows), rows, 1)
-
-
 class _Minimum:
     """One block's running minimum: bounds on each row's squared distance to what is picked, exact where they are equal.
 
@@ -50,7 +45,7 @@ class _Minimum:
 
     def __init__(self, block: Block) -> None:
         rows = len(block.rows)
-        self.open = block.eligible.copy()
+        self.open, self.free = block.eligible.copy(), block.offered.copy()
         self.upper, self.lower = np.full(rows, np.inf), np.full(rows, np.inf)
         self.round, self.column = np.zeros(rows, dtype=np.int32), np.zeros(rows, dtype=np.int32)
         self.centres: list[torch.Tensor] = []
@@ -77,9 +72,9 @@ class _Minimum:
         self.upper[rows], self.lower[rows] = upper[closer], lower[closer]
         self.round[rows], self.column[rows] = len(self.centres) - 1, column[closer]
 
-    def largest(self, block: Block, m: int) -> Ranked:
-        """Return the m open rows of largest distance (negated), exactly, the smaller of equally far ones first."""
-        at = np.flatnonzero(self.open)
+    def largest(self, block: Block, among: Bools, m: int) -> Ranked:
+        """Return the m rows of largest distance (negated), exactly, the smaller of equally far ones first."""
+        at = np.flatnonzero(among)
         while True:
             keys, first = smallest(-self.upper[at], at, m)
             vague = first[self.lower[first] < self.upper[first]]
@@ -95,8 +90,16 @@ def _farthest_first(block: Block, centres: Centres, taken: Ints, m: int) -> Rank
     minimum: _Minimum = block.state["minimum"]
     if len(centres.column) and len(block.rows):
         minimum.add(block, centres)
-    minimum.open &= ~np.isin(block.rows, taken)
-    return minimum.largest(block, m + 1)
+    minimum.free &= ~np.isin(block.rows, taken)
+    minimum.open &= minimum.free & block.eligible
+    return minimum.largest(block, minimum.open, m + 1)
+
+
+def _farthest(block: Block) -> float:
+    """Return the largest squared distance of a row that was offered at first, 0 where there is none."""
+    minimum: _Minimum = block.state["minimum"]
+    negated, _ = minimum.largest(block, minimum.free, 1)
+    return -float(negated[0]) if len(negated) else 0.0
 
 
 class _Candidates:
@@ -107,6 +110,7 @@ class _Candidates:
         self.pairwise, self.error = pairwise_sqdist(x)
         self.current = sqdist.copy()
         self.picked: list[int] = []
+        self.gone: list[int] = []
 
     def _canonical(self, candidate: int) -> float:
         """Return the exact distance of a candidate to everything picked, from the picks that can matter."""
@@ -131,7 +135,12 @@ class _Candidates:
     def pick(self, candidate: int) -> None:
         self.picked.append(candidate)
         np.minimum(self.current, self.pairwise[candidate], out=self.current)
-        self.current[self.picked] = -np.inf
+        self.drop(candidate)
+
+    def drop(self, candidate: int) -> None:
+        """Leave a candidate out from here on."""
+        self.gone.append(candidate)
+        self.current[self.gone] = -np.inf
 
     def gains(self) -> Floats:
         """Return each pick's exact squared distance to everything there before it, in pick order."""
@@ -143,13 +152,18 @@ class _Candidates:
         return gains
 
 
-def _greedy(candidates: _Candidates, bound: tuple[float, int], wanted: int) -> None:
-    """Pick among the candidates while the best of them beats `bound`."""
-    while len(candidates.picked) < min(wanted, len(candidates.rows)):
+def _greedy(candidates: _Candidates, bound: tuple[float, int], request: Request, before: int) -> None:
+    """Pick among the candidates while the best of those that are allowed beats `bound`; `before` picks were made before."""
+    closed = 0
+    while request.lacking(before + len(candidates.picked)) and len(candidates.picked) + closed < len(candidates.rows):
         index = candidates.best(bound)
         if index < 0:
             return
-        candidates.pick(index)
+        if request.ledger.takes(int(candidates.rows[index])):
+            candidates.pick(index)
+        else:
+            candidates.drop(index)
+            closed += 1
 
 
 def coreset(shards: Shards, request: Request, options: Options) -> Iterator[Step]:
@@ -160,30 +174,33 @@ def coreset(shards: Shards, request: Request, options: Options) -> Iterator[Step
     """
     picks: list[int] = request.resume.picks.tolist() if request.resume else []
     gains: list[float] = request.resume.gains.tolist() if request.resume else []
+    nothing = np.empty(0, dtype=np.int64)
     if request.budget == 0:
-        yield Step(0, 0, np.empty(0, dtype=np.int64), np.empty(0))
+        yield Step(0, 0, nothing, np.empty(0))
         return
     m = options.candidates
     find = partial(shards.map, _farthest_first, combine=partial(merge_smallest, m + 1))
     if not picks and not len(request.labeled):
-        _, first = shards.map(_lowest_key, request.seed, combine=partial(merge_smallest, 1))
-        picks, gains = [int(first[0])], [np.nan]
+        picks, gains = draw(shards, request, (), nothing, 1).tolist(), [np.nan]
     there = np.concatenate([request.labeled, np.array(picks, dtype=np.int64)])
+    close(shards, request.ledger)
     for start in range(0, len(there), LABELED_CHUNK):
         chunk = there[start : start + LABELED_CHUNK]
         ranked = find(Centres.of(shards.take(chunk)), chunk, m)
     rounds = 1
     while True:
         negated, rows = ranked
-        radius = float(np.sqrt(-negated[0])) if len(rows) else 0.0
-        yield Step(len(picks), request.budget, np.array(picks, dtype=np.int64), np.array(gains), f"{rounds} rounds", radius)
-        if len(picks) == request.budget:
+        total = request.total(len(picks))
+        radius = float(np.sqrt(max(shards.map(_farthest)) if request.ledger.bound else -negated[0] if len(rows) else 0.0))
+        yield Step(len(picks), total, np.array(picks, dtype=np.int64), np.array(gains), f"{rounds} rounds", radius)
+        if len(picks) == total:
             return
         bound = (float(negated[m]), int(rows[m])) if len(rows) > m else (np.inf, -1)
         candidates = _Candidates(shards.take(rows[:m]), rows[:m], -negated[:m])
-        _greedy(candidates, bound, request.budget - len(picks))
+        _greedy(candidates, bound, request, len(picks))
         new = rows[candidates.picked]
         picks += new.tolist()
         gains += np.sqrt(candidates.gains()).tolist()
+        close(shards, request.ledger)
         ranked = find(Centres.of(candidates.x[torch.tensor(candidates.picked)]), new, m)
         rounds += 1

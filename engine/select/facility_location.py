@@ -17,8 +17,9 @@ from engine.arrays import Bools, Floats, Ints
 from engine.blocks import Block, fixed_point_scale
 from engine.canonical import canonical_dot, normalize
 from engine.schema import Opt
-from engine.select.columns import LazyGreedy, add_edges, first_of_permutation, settle
+from engine.select.columns import LazyGreedy, add_edges, settle
 from engine.select.graph import neighbor_lists
+from engine.select.picking import draw
 from engine.shards import Request, Shards, Step
 
 REST_KEY = 3005
@@ -62,7 +63,7 @@ def _start(shards: Shards, request: Request) -> LazyGreedy:
     rows, eligible = np.concatenate([rows for rows, _ in parts]), np.concatenate([mask for _, mask in parts])
     gains = request.resume.arrays["units"] if request.resume else np.empty(0, dtype=np.int64)
     picks = request.resume.picks[: len(gains)] if request.resume else gains
-    return LazyGreedy(shards, rows, eligible, picks, gains)
+    return LazyGreedy(shards, request, rows, eligible, picks, gains)
 
 
 def facility_location(shards: Shards, request: Request, options: Options) -> Iterator[Step]:
@@ -74,8 +75,8 @@ def facility_location(shards: Shards, request: Request, options: Options) -> Ite
     row adds anything, what is left of the budget follows a seeded permutation, with a gain of 0. Smaller budgets are
     prefixes. Similarities are rounded to multiples of 2^-62 n (or a power of two below twice that) and summed exactly.
     """
-    budget, nothing = request.budget, np.empty(0, dtype=np.int64)
-    if budget == 0:
+    nothing = np.empty(0, dtype=np.int64)
+    if request.budget == 0:
         yield Step(0, 0, nothing, np.empty(0))
         return
     unit = fixed_point_scale(shards.n, 1.0)
@@ -84,7 +85,15 @@ def facility_location(shards: Shards, request: Request, options: Options) -> Ite
     def step(number: int, rest: Ints, note: str) -> Step:
         picks, gains = np.concatenate([greedy.picks, rest]), np.concatenate([greedy.gains, np.zeros_like(rest)])
         scale = unit * shards.n
-        return Step(number, budget, picks, gains / scale, note, greedy.covered / scale, arrays={"units": greedy.gains})
+        return Step(
+            number,
+            request.total(len(picks)),
+            picks,
+            gains / scale,
+            note,
+            greedy.covered / scale,
+            arrays={"units": greedy.gains},
+        )
 
     done = 0
     for rows, lists, similarity in neighbor_lists(shards, greedy.rows, min(options.neighbors, max(1, shards.n - 1))):
@@ -94,9 +103,8 @@ def facility_location(shards: Shards, request: Request, options: Options) -> Ite
     shards.map(_settle, unit)
     greedy.measure(np.concatenate([request.labeled, greedy.picks]))
     rounds = 0
-    while len(greedy.picks) < budget and greedy.advance(budget):
+    while request.lacking(len(greedy.picks)) and greedy.advance():
         rounds += 1
         yield step(len(greedy.picks), nothing, f"{rounds} rounds")
-    lacking = budget - len(greedy.picks)
-    rest = first_of_permutation(shards, request.seed, REST_KEY, greedy.picks, lacking) if lacking else nothing
-    yield step(budget, rest, f"{rounds} rounds")
+    rest = draw(shards, request, (REST_KEY,), greedy.picks)
+    yield step(len(greedy.picks) + len(rest), rest, f"{rounds} rounds")

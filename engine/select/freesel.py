@@ -18,11 +18,12 @@ import torch
 from engine.arrays import Floats, Ints
 from engine.blocks import Block, Ranked, merge_smallest, smallest
 from engine.canonical import canonical_norms, canonical_sqdist, normalize
-from engine.draws import random_keys, random_uniform
+from engine.draws import random_uniform
 from engine.nearest import Centres, nearer
 from engine.schema import Opt
+from engine.select.picking import draw
 from engine.select.seeding import drawn, places_drawn
-from engine.shards import Request, Shards, Step, take_patterns
+from engine.shards import Request, Shards, Step, close, take_patterns
 
 CANDIDATES = 1024
 """Patterns that a round looks at."""
@@ -64,7 +65,7 @@ def _state(block: Block) -> None:
 def _lower(block: Block, centres: Centres, taken: Ints) -> None:
     """Lower distances by the unit vectors of new images, and close those images."""
     _state(block)
-    block.state["open"] &= ~np.isin(block.rows, taken)
+    block.state["open"] &= block.eligible & ~np.isin(block.rows, taken)
     if len(block.rows):
         x = unit(block.x, block.norms)
         new = nearer(x, centres, block.norms if x is block.x else canonical_norms(x), block.state["sqdist"])
@@ -74,13 +75,6 @@ def _lower(block: Block, centres: Centres, taken: Ints) -> None:
 def _codes(block: Block, at: Ints) -> Ints:
     """Return what the patterns at some places of the block are known by."""
     return (block.rows[at] << PATTERN_BITS) + at - np.searchsorted(block.rows, block.rows[at])
-
-
-def _lowest_key(block: Block, seed: int, step: int, m: int) -> Ranked:
-    """Return the first m open images of a seeded permutation."""
-    _state(block)
-    rows = np.unique(block.rows[block.state["open"]])
-    return smallest(random_keys(seed, (step,), rows), rows, m)
 
 
 def _farthest(block: Block, m: int) -> Ranked:
@@ -161,16 +155,20 @@ class _Candidates:
         lowest = self.pairwise[:, low:high].min(axis=1)
         self.settled &= lowest > self.current + 2 * self.error
         np.minimum(self.current, lowest, out=self.current)
-        own = self.image == image
-        self.current[own], self.settled[own] = -np.inf, True
+        self.close(index)
         return gain
+
+    def close(self, index: int) -> None:
+        """Leave a candidate's image out from here on."""
+        own = self.image == self.image[index]
+        self.current[own], self.settled[own] = -np.inf, True
 
 
 Taken = tuple[Ints, list[float]]
 """The codes of the patterns whose images a round took, in order, and their D."""
 
 
-def _take_farthest(shards: Shards, wanted: int) -> Taken | None:
+def _take_farthest(shards: Shards, request: Request, before: int) -> Taken | None:
     """Take the farthest candidates while they beat what was left behind; None where all distances are zero."""
     m = CANDIDATES
     negated, codes = shards.map(_farthest, m + 1, combine=partial(merge_smallest, m + 1))
@@ -180,17 +178,21 @@ def _take_farthest(shards: Shards, wanted: int) -> Taken | None:
     candidates = _Candidates(shards, codes[:m], -negated[:m])
     made: list[int] = []
     gains: list[float] = []
-    while len(made) < wanted:
+    while request.lacking(before + len(made)):
         sqdist, code, best = candidates.farthest()
         if sqdist <= 0 or (-sqdist, code) > bound:
             break
-        made.append(best)
-        gains.append(candidates.take(best))
+        if request.ledger.takes(code >> PATTERN_BITS):
+            made.append(best)
+            gains.append(candidates.take(best))
+        else:
+            candidates.close(best)
     return codes[made], gains
 
 
-def _take_drawn(shards: Shards, wanted: int, seed: int, number: int) -> Taken | None:
+def _take_drawn(shards: Shards, request: Request, before: int, number: int) -> Taken | None:
     """Draw candidates by stale D^2 and take them by the ratio of the current one to it; None where all are zero."""
+    seed = request.seed
     found = drawn(shards, np.array(shards.map(_mass)), _draw, CANDIDATES, seed, (BLOCK_DRAW, number))
     if found is None:
         return None
@@ -199,17 +201,13 @@ def _take_drawn(shards: Shards, wanted: int, seed: int, number: int) -> Taken | 
     made: list[int] = []
     gains: list[float] = []
     for slot, u in enumerate(random_uniform(seed, (ACCEPT_DRAW, number), np.arange(len(codes), dtype=np.int64))):
-        if len(made) == wanted:
+        if not request.lacking(before + len(made)):
             break
-        if candidates.beyond(slot, float(np.sqrt(u) * stale[slot])):
+        passes = candidates.beyond(slot, float(np.sqrt(u) * stale[slot]))
+        if passes and request.ledger.takes(int(codes[slot]) >> PATTERN_BITS):
             made.append(slot)
             gains.append(candidates.take(slot))
     return codes[made], gains
-
-
-def _seeded(shards: Shards, seed: int, step: int, m: int) -> Ints:
-    _, rows = shards.map(_lowest_key, seed, step, m, combine=partial(merge_smallest, m))
-    return np.asarray(rows, dtype=np.int64)
 
 
 def freesel(shards: Shards, request: Request, options: Options) -> Iterator[Step]:
@@ -221,27 +219,29 @@ def freesel(shards: Shards, request: Request, options: Options) -> Iterator[Step
     seeded too (gain 0, pattern -1). Smaller budgets are prefixes. A vector of zeros counts as at D 0.5 from any other.
     """
     sampling = options.sampling or PRESETS[options.preset]
-    last, budget, nothing = request.resume, request.budget, np.empty(0, dtype=np.int64)
+    last, nothing = request.resume, np.empty(0, dtype=np.int64)
     rows = last.picks if last else nothing
     gains: list[float] = last.gains.tolist() if last else []
     places = last.columns["pattern"] if last else nothing
     number = int(last.arrays["round"]) if last else 0
-    if budget and not len(rows) and not len(request.labeled):
-        rows, gains, places = _seeded(shards, request.seed, FIRST_KEY, 1), [np.nan], np.array([-1])
+    if request.budget and not len(rows) and not len(request.labeled):
+        rows, gains, places = draw(shards, request, (FIRST_KEY,), nothing, 1), [np.nan], np.array([-1])
     new = np.concatenate([request.labeled, rows])
     while True:
         note, columns = f"{number} rounds", {"pattern": places}
-        yield Step(len(rows), budget, rows, np.array(gains), note, columns=columns, arrays={"round": np.array(number)})
-        if len(rows) == budget:
+        total, arrays = request.total(len(rows)), {"round": np.array(number)}
+        yield Step(len(rows), total, rows, np.array(gains), note, columns=columns, arrays=arrays)
+        if len(rows) == total:
             return
+        close(shards, request.ledger)
         for start in range(0, len(new), IMAGES_AT_ONCE):
             chunk = new[start : start + IMAGES_AT_ONCE]
             shards.map(_lower, Centres.of(unit(shards.take(chunk))), chunk)
-        wanted = budget - len(rows)
-        found = _take_farthest(shards, wanted) if sampling == "fds" else _take_drawn(shards, wanted, request.seed, number)
+        fds = sampling == "fds"
+        found = _take_farthest(shards, request, len(rows)) if fds else _take_drawn(shards, request, len(rows), number)
         if found is None:
-            new = _seeded(shards, request.seed, REST_KEY, wanted)
-            gains, added = gains + [0.0] * wanted, np.full(wanted, -1)
+            new = draw(shards, request, (REST_KEY,), rows)
+            gains, added = gains + [0.0] * len(new), np.full(len(new), -1)
         else:
             new, added = found[0] >> PATTERN_BITS, found[0] & PLACE_MASK
             gains = gains + found[1]

@@ -20,13 +20,14 @@ import numpy.typing as npt
 import torch
 
 from engine.arrays import Ints
-from engine.blocks import Block
+from engine.blocks import Ranked
 from engine.draws import random_keys
 from engine.nearest import nearest_sqdist
 from engine.schema import InputError, Opt
-from engine.select.clusters import cluster_distances, fit_centres, rank_within, settle
+from engine.select.clusters import Chosen, Counts, first_members, fit_centres, open_members, rank_within, settle
 from engine.select.lloyd import Matrix
-from engine.shards import Request, Shards, Step, from_array
+from engine.select.picking import UNCONDITIONAL, Shelves, both_ways
+from engine.shards import Request, Shards, Step, close, from_array
 
 SEED_KEY, SPLIT_KEY, LEAF_KEY = 2011, 2012, 2013
 FIRST_LEVEL, ROWS_PER_CLUSTER, RATIO = 1000, 50, 10
@@ -133,34 +134,32 @@ def quotas(budget: int, eligible: Ints, parents: list[Ints], seed: int) -> Ints:
     return shares
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """Rows chosen from lowest clusters: by cluster, then key, then row."""
+def _down_the_tree(shards: Shards, counts: Counts, parents: list[Ints], leaf: str, request: Request) -> Chosen:
+    """Return the picks in pick order: shares of the budget, and again of what is left of it where rows were not allowed."""
+    nothing, size = np.empty(0, dtype=np.int64), counts.rows
+    made = Chosen(nothing, np.empty(0), nothing, np.empty(0))
+    draw = None if leaf == "closest" else (request.seed, LEAF_KEY)
+    while due := min(request.lacking(len(made.row)), request.budget):
+        close(shards, request.ledger)
+        capacity = open_members(shards, len(size), made.row) if request.ledger.bound else counts.eligible
+        quota = quotas(min(due, int(capacity.sum())), capacity, parents, request.seed)
+        sqdist: dict[int, float] = {}
 
-    cluster: Ints
-    key: npt.NDArray[Any]
-    row: Ints
-    sqdist: npt.NDArray[np.float64]
+        def fetch(shelves: Ints, most: Ints, taken: Ints, sqdist: dict[int, float] = sqdist) -> list[Ranked]:
+            wanted = np.zeros_like(size)
+            wanted[shelves] = most
+            found = first_members(shards, wanted, taken, draw)
+            sqdist |= zip(found.row.tolist(), found.sqdist.tolist(), strict=True)
+            return found.shelves(shelves)
 
-
-def _first(quota: Ints, found: Chosen) -> Chosen:
-    order = np.lexsort((found.row, found.key, found.cluster))
-    cluster = found.cluster[order]
-    kept = order[rank_within(cluster) < quota[cluster]]
-    return Chosen(found.cluster[kept], found.key[kept], found.row[kept], found.sqdist[kept])
-
-
-def _choose(block: Block, quota: Ints, leaf: str, seed: int) -> Chosen:
-    """Return the block's first eligible rows of each cluster, at most quota[c] of them."""
-    cluster, sqdist = cluster_distances(block)
-    ok = np.flatnonzero(block.eligible)
-    key = sqdist[ok] if leaf == "closest" else random_keys(seed, (LEAF_KEY,), block.rows[ok])
-    return _first(quota, Chosen(cluster[ok], key, block.rows[ok], sqdist[ok]))
-
-
-def _merge(quota: Ints, a: Chosen, b: Chosen) -> Chosen:
-    pairs = ((a.cluster, b.cluster), (a.key, b.key), (a.row, b.row), (a.sqdist, b.sqdist))
-    return _first(quota, Chosen(*(np.concatenate(pair) for pair in pairs)))
+        slots = np.repeat(np.arange(len(size), dtype=np.int64), quota)
+        order = slots[np.lexsort((slots, -size[slots], rank_within(slots)))]
+        rows, _ = Shelves(shards, request, fetch, quota, taken=made.row).take_all(order)
+        cluster, rows = order[rows >= 0], rows[rows >= 0]
+        far = np.array([sqdist[row] for row in rows.tolist()], dtype=np.float64)
+        parts = ((made.cluster, cluster), (made.key, far), (made.row, rows), (made.sqdist, far))
+        made = Chosen(*(np.concatenate(part) for part in parts))
+    return made
 
 
 def hierarchical(shards: Shards, request: Request, options: Options) -> Iterator[Step]:
@@ -173,7 +172,8 @@ def hierarchical(shards: Shards, request: Request, options: Options) -> Iterator
 
     Deviations: a lowest cluster gives the rows closest to its centre (`leaf=random`: seeded draws, the paper's default);
     exactly `budget` rows, never one twice; 20 Lloyd steps, not 50. As in the paper's largest run, resampling is for the
-    levels above the lowest. Shares count picks alone: labelled rows only take from the capacities.
+    levels above the lowest. Shares count picks alone: labelled rows only take from the capacities. Where conditions leave
+    turns unused, what is left of the budget is split again, over the rows that are still allowed.
     """
     budget, nothing = request.budget, np.empty(0, dtype=np.int64)
     if budget == 0:
@@ -190,10 +190,8 @@ def hierarchical(shards: Shards, request: Request, options: Options) -> Iterator
     for level, k in enumerate(levels[1:], start=1):
         points, owner = cluster_level(points, k, options, request.seed, level)
         parents.append(owner)
-    quota = quotas(budget, counts.eligible, parents, request.seed)
-    found: Chosen = shards.map(_choose, quota, options.leaf, request.seed, combine=partial(_merge, quota))
+    found, aside = both_ways(request, partial(_down_the_tree, shards, counts, parents, options.leaf))
     leaf = found.cluster
-    turn = np.lexsort((leaf, -counts.rows[leaf], rank_within(leaf)))
-    leaf = leaf[turn]
-    columns = {"leaf": leaf, "leaf_size": counts.rows[leaf], "centre_distance": np.sqrt(found.sqdist[turn])}
-    yield Step(total, total, found.row[turn], counts.rows[leaf] / quota[leaf], columns=columns, arrays=arrays)
+    columns = {"leaf": leaf, "leaf_size": counts.rows[leaf], "centre_distance": np.sqrt(found.sqdist)}
+    gains = counts.rows[leaf] / np.bincount(leaf)[leaf]
+    yield Step(total, total, found.row, gains, columns=columns, arrays=arrays | ({UNCONDITIONAL: aside.row} if aside else {}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -11,12 +12,14 @@ import numpy.typing as npt
 import torch
 
 from engine.arrays import Floats, Ints
-from engine.blocks import Block, fixed_point_scale
+from engine.blocks import Block, Ranked, fixed_point_scale
 from engine.canonical import canonical_sqdist
 from engine.nearest import Centres
 from engine.schema import Opt
+from engine.select.clusters import first_members, settle
 from engine.select.lloyd import AFRESH, LloydStep, Matrix, Since, assign, farthest_rows, largest_entry, lloyd
 from engine.select.nearby import Approximation
+from engine.select.picking import UNCONDITIONAL, Shelves, both_ways, first_allowed
 from engine.select.seeding import d2_seeds, random_rows
 from engine.shards import Request, Shards, Step
 
@@ -88,19 +91,32 @@ def _closer(a: Clusters, b: Clusters) -> Clusters:
     return Clusters(a.inertia + b.inertia, a.size + b.size, sqdist, row)
 
 
-def _picks(shards: Shards, clusters: Clusters, centres: Matrix) -> Step:
-    """Return exactly one pick a cluster, largest cluster first.
+def _picks(shards: Shards, clusters: Clusters, centres: Matrix, request: Request) -> Step:
+    """Return a pick a cluster, largest cluster first: its nearest row that is allowed.
 
-    A cluster with no eligible row gives its turn to the eligible row farthest from its own centre; those come last.
+    A cluster with none gives its turn to the allowed row farthest from its own centre; those come last.
     """
+    settled = False
+
+    def fetch(shelves: Ints, most: Ints, taken: Ints) -> list[Ranked]:
+        nonlocal settled
+        if not settled:
+            settle(shards, centres, request.labeled)
+            settled = True
+        wanted = np.zeros(len(centres), dtype=np.int64)
+        wanted[shelves] = most
+        return first_members(shards, wanted, taken).shelves(shelves)
+
+    filled = [(clusters.sqdist[c:][:there], clusters.row[c:][:there]) for c, there in enumerate((clusters.row >= 0).tolist())]
     order = np.lexsort((clusters.row, -clusters.size))
     order = order[clusters.row[order] >= 0]
-    picks, sqdist, size = clusters.row[order], clusters.sqdist[order], clusters.size[order]
-    lacking = len(centres) - len(picks)
-    if lacking:
-        negated, rows = farthest_rows(shards, centres, picks, lacking)
-        picks, sqdist = np.concatenate([picks, rows]), np.concatenate([sqdist, -negated])
-        size = np.concatenate([size, np.zeros(len(rows), dtype=np.int64)])
+    shelves = Shelves(shards, request, fetch, np.ones(len(centres), dtype=np.int64), filled=filled)
+    picks, sqdist = shelves.take_all(order)
+    there = picks >= 0
+    picks, sqdist, size = picks[there], sqdist[there], clusters.size[order[there]]
+    negated, rows = first_allowed(shards, request, partial(farthest_rows, shards, centres), picks)
+    picks, sqdist = np.concatenate([picks, rows]), np.concatenate([sqdist, -negated])
+    size = np.concatenate([size, np.zeros(len(rows), dtype=np.int64)])
     columns = {"cluster_size": size, "centre_distance": np.sqrt(sqdist)}
     return Step(0, 0, picks, size.astype(np.float64), columns=columns)
 
@@ -118,7 +134,8 @@ def kmeans(shards: Shards, request: Request, options: Options) -> Iterator[Step]
     is the size of a pick's cluster, the objective the inertia: the sum of squared distances to the nearest centre.
 
     With `neighbors` assignments are approximate, the last one too: see `nearby`. The inertia is then that of the
-    assignment found, and a pick the nearest row of those in its cluster.
+    assignment found, and a pick the nearest row of those in its cluster; where conditions refuse that one, clusters are
+    those of the exact assignment.
     Deviations from the released code: exactly `budget` picks (it drops empty clusters), and D^2 seeding by default
     (`seeding=random` is the released one's).
     """
@@ -135,8 +152,9 @@ def kmeans(shards: Shards, request: Request, options: Options) -> Iterator[Step]
         arrays = {"at": np.array(anchor[:2]), "centres": anchor[2], "best": run.best_centres, **run.best_clusters.arrays()}
         number = restart * options.iterations + step.number
         yield Step(number, total, nothing, np.empty(0), note, step.inertia, arrays=arrays)
-    last = _picks(shards, run.best_clusters, run.best_centres)
-    yield replace(last, number=total, total=total, objective=run.best_clusters.inertia / scale)
+    last, aside = both_ways(request, partial(_picks, shards, run.best_clusters, run.best_centres))
+    arrays = {UNCONDITIONAL: aside.picks} if aside else {}
+    yield replace(last, number=total, total=total, objective=run.best_clusters.inertia / scale, arrays=arrays)
 
 
 Anchor = tuple[int, int, Matrix]

@@ -16,20 +16,22 @@ than the vectors. The driver holds the candidates' vectors.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
 
 from engine.arrays import Bools, Ints
 from engine.blocks import fixed_point_scale, smallest
+from engine.ledger import Ledger
 from engine.schema import Opt
-from engine.select.columns import LazyGreedy, first_of_permutation
+from engine.select.columns import LazyGreedy
 from engine.select.exact import exact_step, norm_of_longest
 from engine.select.kernels import Kernel, link, measure, settle_links
 from engine.select.lloyd import Matrix
+from engine.select.picking import draw, first_of_permutation
 from engine.select.purity import pure_sqradius
-from engine.shards import Request, Shards, Step
+from engine.shards import Request, Shards, Step, close
 
 SAMPLE_KEY, REST_KEY = 3001, 3002
 FEWEST, MOST = 32, 2048
@@ -62,6 +64,16 @@ def _best(bounds: Ints, among: Bools) -> tuple[int, int]:
     return int(keys[first]), first
 
 
+def _one_selection(shards: Shards, request: Request) -> Ints:
+    """Return the rows of one selection, drawn, that meets the conditions, so that a sample can too; none without any."""
+    if not request.ledger.bound:
+        return np.empty(0, dtype=np.int64)
+    drawn = replace(request, ledger=Ledger(request.terms))
+    rows = draw(shards, drawn, (SAMPLE_KEY,), np.empty(0, dtype=np.int64))
+    close(shards, request.ledger)
+    return rows
+
+
 class _Herd:
     """The driver's candidates: `bounds` (m,) on what each would add, -1 once picked; what is `fresh` is exact.
 
@@ -69,10 +81,11 @@ class _Herd:
     """
 
     def __init__(self, shards: Shards, request: Request, kernel: Kernel, limit: int) -> None:
-        self.shards, self.kernel = shards, kernel
+        self.shards, self.request, self.kernel = shards, request, kernel
         nothing = np.empty(0, dtype=np.int64)
-        rows = first_of_permutation(shards, request.seed, SAMPLE_KEY, nothing, min(limit, shards.n) + 1)
-        self.rows, self.sampled = np.sort(rows[:limit]), len(rows) > limit
+        _, rows = first_of_permutation(shards, request.seed, (SAMPLE_KEY,), nothing, min(limit, shards.n) + 1)
+        self.sampled = len(rows) > limit
+        self.rows = np.union1d(rows[:limit], _one_selection(shards, request) if self.sampled else nothing)
         self.x: Matrix = shards.take(self.rows).numpy()
         self.bounds = np.full(len(self.rows), round(kernel.unit) * shards.n, dtype=np.int64)
         self.links = np.full(len(self.rows), shards.n, dtype=np.int64)
@@ -100,7 +113,7 @@ class _Herd:
         return total
 
     def advance(self) -> bool:
-        """Measure the candidates of largest bound, and pick where that settles it; False once none adds anything."""
+        """Measure the candidates of largest bound, and pick where that settles it; False once none allowed adds anything."""
         keys, batch = smallest(np.where(self.fresh, 1, -self.bounds), np.arange(len(self.rows)), self.width)
         batch = batch[keys < 0]
         if len(batch):
@@ -111,8 +124,11 @@ class _Herd:
         if min(best[0], rival[0]) >= 0:
             return False
         if best < rival:
-            self._pick(best[1])
-            self.width = max(FEWEST, self.width // 2)
+            if self.request.ledger.takes(int(self.rows[best[1]])):
+                self._pick(best[1])
+                self.width = max(FEWEST, self.width // 2)
+            else:
+                self.bounds[best[1]] = -1
         else:
             self.width = min(MOST, 2 * self.width)
         return True
@@ -124,11 +140,11 @@ class _Herd:
         self.bounds[index] = -1
         self.fresh[:] = False
 
-    def worth_linking(self, budget: int) -> bool:
+    def worth_linking(self) -> bool:
         """Return whether the pairs left fit, and enough picks are due to make up for finding them all."""
         left = self.bounds > 0
         fit = int(self.links[left].sum()) * EDGE_FLOATS <= self.shards.n * self.shards.d
-        return fit and (budget - len(self.picks)) * 2 * FEWEST >= left.sum()
+        return fit and self.request.lacking(len(self.picks)) * 2 * FEWEST >= int(left.sum())
 
     def link(self) -> Iterator[int]:
         """Find the pairs of a row and a candidate that would add to it; yield of how many candidates they are found."""
@@ -142,7 +158,7 @@ class _Herd:
     def settled(self) -> LazyGreedy:
         """Return the greedy that goes on from here among the pairs found, with this one's picks and bounds."""
         self.shards.map(settle_links)
-        greedy = LazyGreedy(self.shards, self.rows, self.bounds >= 0, self.picks, self.gains)
+        greedy = LazyGreedy(self.shards, self.request, self.rows, self.bounds >= 0, self.picks, self.gains)
         greedy.measure(self.picks[:0])
         self.bounds, self.links = greedy.bounds, greedy.degree
         return greedy
@@ -152,7 +168,7 @@ class _Herd:
 class _Steps:
     """What makes the steps of a run: their number, the scale of gains, what goes into every note and journal."""
 
-    budget: int
+    request: Request
     scale: float
     note: str
     arrays: dict[str, Any]
@@ -163,28 +179,27 @@ class _Steps:
         arrays = {**self.arrays, "bounds": herd.bounds.copy(), "links": herd.links.copy(), "units": greedy.gains}
         note = f"{self.note}{len(herd.rows):,} candidates{' (a sample)' if herd.sampled else ''}{what}"
         picks = np.concatenate([greedy.picks, rest])
-        return Step(len(picks), self.budget, picks, gains, note, greedy.covered / self.scale, arrays=arrays)
+        return Step(len(picks), self.request.total(len(picks)), picks, gains, note, greedy.covered / self.scale, arrays=arrays)
 
 
 def herd(
     shards: Shards, request: Request, kernel: Kernel, limit: int, arrays: dict[str, Any], note: str = ""
 ) -> Iterator[Step]:
     """Yield the greedy maximum of coverage by `kernel`; `arrays` and `note` go into every step."""
-    steps = _Steps(request.budget, kernel.unit * shards.n, note, arrays)
+    steps = _Steps(request, kernel.unit * shards.n, note, arrays)
     nothing = np.empty(0, dtype=np.int64)
     greedy: _Herd | LazyGreedy
     greedy = dense = _Herd(shards, request, kernel, limit)
-    while len(greedy.picks) < request.budget:
-        if isinstance(greedy, _Herd) and dense.worth_linking(request.budget):
+    while request.lacking(len(greedy.picks)):
+        if isinstance(greedy, _Herd) and dense.worth_linking():
             for done in dense.link():
                 yield steps.of(dense, dense, f", pairs of {done:,}", nothing)
             greedy = dense.settled()
-        if not (greedy.advance(request.budget) if isinstance(greedy, LazyGreedy) else greedy.advance()):
+        if not greedy.advance():
             break
         yield steps.of(dense, greedy, "", nothing)
-    lacking = request.budget - len(greedy.picks)
-    rest = first_of_permutation(shards, request.seed, REST_KEY, greedy.picks, lacking) if lacking else nothing
-    if lacking and dense.sampled:
+    rest = draw(shards, request, (REST_KEY,), greedy.picks)
+    if len(rest) and dense.sampled:
         greedy.covered = dense.cover(np.concatenate([greedy.picks[len(dense.picks) :], rest]))
     yield steps.of(dense, greedy, "", rest)
 
@@ -214,7 +229,8 @@ def maxherding(shards: Shards, request: Request, options: Options) -> Iterator[S
 
     The default sigma makes k = exp(-|x - p|^2), which is what the authors' released code computes for its length scale
     of 1, on normalised features. Deviations: candidates are a sample above 20,000 eligible rows (the mean is still over
-    all rows); vectors are rounded to 2^-24.5 of the longest or finer, and values of k to 2^-36 (see `exact`).
+    all rows; under conditions a drawn selection that meets them is added to it); vectors are rounded to 2^-24.5 of the
+    longest or finer, and values of k to 2^-36 (see `exact`).
     """
     if request.budget == 0:
         yield Step(0, 0, np.empty(0, dtype=np.int64), np.empty(0))

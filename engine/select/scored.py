@@ -20,7 +20,7 @@ from engine.arrays import Floats, Ints
 from engine.blocks import Block, Ranked, merge_smallest, smallest
 from engine.canonical import CHUNK_ELEMENTS, canonical_dot
 from engine.schema import Opt
-from engine.select.columns import first_of_permutation
+from engine.select.picking import draw, first_allowed
 from engine.shards import Request, Shards, Step
 
 WITHOUT_BOXES = 61
@@ -111,10 +111,12 @@ def uncertainty(block: Block, name: str, aggregate: str) -> Floats:
     return _of_classes(block.predicted("probs"), CLASSES[name])
 
 
-def _largest(block: Block, value: Callable[[Block], Floats], m: int) -> Ranked:
-    """Return the m eligible rows of largest value (negated), the smaller one of equal ones first."""
-    values = value(block)
-    known = block.eligible & ~np.isnan(values)
+def _largest(block: Block, value: Callable[[Block], Floats], taken: Ints, m: int) -> Ranked:
+    """Return the m eligible rows of largest value (negated), `taken` left out, the smaller one of equal ones first."""
+    if "values" not in block.state:
+        block.state["values"] = value(block)
+    values = block.state["values"]
+    known = block.eligible & ~np.isnan(values) & ~np.isin(block.rows, taken)
     return smallest(-values[known], block.rows[known], m)
 
 
@@ -124,9 +126,13 @@ def ranked(shards: Shards, request: Request, value: Callable[[Block], Floats]) -
     `value` gives those of a block's images, (r,) float64. Images that have none (NaN) come last, in a seeded order (gain
     empty). Smaller budgets are prefixes.
     """
-    m = request.budget
-    negated, rows = shards.map(_largest, value, m, combine=partial(merge_smallest, m))
-    rest: Ints = first_of_permutation(shards, request.seed, WITHOUT_BOXES, rows, m - len(rows)) if len(rows) < m else rows[:0]
+
+    def find(taken: Ints, m: int) -> Ranked:
+        found: Ranked = shards.map(_largest, value, taken, m, combine=partial(merge_smallest, m))
+        return found
+
+    negated, rows = first_allowed(shards, request, find, np.empty(0, dtype=np.int64))
+    rest = draw(shards, request, (WITHOUT_BOXES,), rows)
     gains = np.concatenate([-negated, np.full(len(rest), np.nan)])
     yield Step(1, 1, np.concatenate([rows, rest]), gains)
 

@@ -14,19 +14,21 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 
 from engine.arrays import Floats, Ints
-from engine.blocks import Block
+from engine.blocks import Block, Ranked
 from engine.canonical import canonical_norms, canonical_sqdist
 from engine.nearest import TILE_ELEMENTS
 from engine.products import score_error, scores
 from engine.schema import Opt
-from engine.select.clusters import Counts, Members, fit_centres, members, packs, rank_within, settle
+from engine.select.clusters import Counts, Members, fit_centres, members, open_members, packs, rank_within, settle
 from engine.select.lloyd import Matrix
+from engine.select.picking import SPARE_ROWS, UNCONDITIONAL, Shelves, both_ways
 from engine.shards import Request, Shards, Step
 
 SEED_KEY = 2001
@@ -47,6 +49,20 @@ class Options:
     iterations: Annotated[int, Opt("Lloyd steps; stops early once no row moves.", min=0, max=100_000)] = 20
 
 
+Heap = list[tuple[int, int, int, int]]
+"""(labelled and picked rows, rows, negated, number of a cluster, its eligible rows left), least first."""
+
+
+def _tiers(counts: Counts, eligible: Ints) -> tuple[Heap, Heap]:
+    """Return the clusters with eligible rows: those of more than SMALL rows, and the others."""
+    heaps: list[Heap] = []
+    for tier in (counts.rows > SMALL, counts.rows <= SMALL):
+        some = np.flatnonzero(tier & (eligible > 0)).tolist()
+        heaps.append([(int(counts.labeled[c]), -int(counts.rows[c]), c, int(eligible[c])) for c in some])
+        heapq.heapify(heaps[-1])
+    return heaps[0], heaps[1]
+
+
 def turns(counts: Counts, budget: int) -> Ints:
     """Return the cluster of each pick, (budget,): in turn the one with the fewest labelled and picked rows.
 
@@ -54,16 +70,12 @@ def turns(counts: Counts, budget: int) -> Ints:
     when no larger one has an eligible row left.
     """
     order: list[int] = []
-    left = counts.eligible.copy()
-    for tier in (counts.rows > SMALL, counts.rows <= SMALL):
-        heap = [(int(counts.labeled[c]), -int(counts.rows[c]), int(c)) for c in np.flatnonzero(tier & (left > 0))]
-        heapq.heapify(heap)
+    for heap in _tiers(counts, counts.eligible):
         while heap and len(order) < budget:
-            covered, size, cluster = heap[0]
+            covered, size, cluster, left = heap[0]
             order.append(cluster)
-            left[cluster] -= 1
-            if left[cluster]:
-                heapq.heapreplace(heap, (covered + 1, size, cluster))
+            if left > 1:
+                heapq.heapreplace(heap, (covered + 1, size, cluster, left - 1))
             else:
                 heapq.heappop(heap)
     return np.array(order, dtype=np.int64)
@@ -152,10 +164,10 @@ def _mean(sqdist: Floats, width: Ints) -> Floats:
 class _Pack:
     """The eligible rows of some clusters, sorted by cluster and row, and the search for the most typical of them."""
 
-    def __init__(self, shards: Shards, found: Members, neighbors: int, longest: float) -> None:
+    def __init__(self, shards: Shards, found: Members, neighbors: int, longest: float, taken: Ints) -> None:
         self.shards, self.found, self.neighbors, self.longest = shards, found, neighbors, longest
         order = np.lexsort((found.rows, found.cluster))
-        order = order[found.eligible[order]]
+        order = order[found.eligible[order] & ~np.isin(found.rows[order], taken)]
         self.rows, self.cluster = found.rows[order], found.cluster[order]
         self.width = np.minimum(neighbors, np.bincount(found.cluster)[self.cluster] - 1)
         self.reach = np.empty(len(order))
@@ -223,21 +235,60 @@ def _longest(block: Block) -> float:
 
 
 def _search_clusters(
-    shards: Shards, counts: Counts, turn: Ints, neighbors: int, found: dict[str, Any]
+    shards: Shards, counts: Counts, quota: Ints, neighbors: int, found: dict[str, Any], taken: Ints
 ) -> Iterator[tuple[int, int, Ints, Floats]]:
-    """Yield (done, of how many, rows, mean distances) group by group of clusters: the picks by cluster, best first.
+    """Yield (done, of how many, rows, mean distances) group by group of clusters: quota[c] of each, by cluster, best first.
 
-    `found` holds the `rows` and `means` of the groups that were done before.
+    `found` holds the `rows` and `means` of the groups that were done before; `taken` rows are left out.
     """
-    quota = np.bincount(turn, minlength=len(counts.rows))
     groups = list(packs(np.flatnonzero(quota), counts.rows, PACK_ROWS))
     longest = max(shards.map(_longest))
     rows, means = found["rows"], found["means"]
     for done, group in enumerate(groups, start=1):
         if len(rows) < quota[: group[-1] + 1].sum():
-            more = _Pack(shards, members(shards, group), neighbors, longest).typical(quota)
+            more = _Pack(shards, members(shards, group), neighbors, longest, taken).typical(quota)
             rows, means = np.concatenate([rows, more[0]]), np.concatenate([means, more[1]])
         yield done, len(groups), rows, means
+
+
+def _on_shelves(quota: Ints, rows: Ints, means: Floats) -> list[Ranked]:
+    """Return the means and rows of each cluster, of which quota[c] each stand there."""
+    ends = np.cumsum(quota)
+    return [(means[end - m : end], rows[end - m : end]) for end, m in zip(ends.tolist(), quota.tolist(), strict=True)]
+
+
+def _by_turns(
+    shards: Shards, counts: Counts, neighbors: int, filled: list[Ranked], request: Request
+) -> tuple[Ints, Ints, Floats]:
+    """Return the cluster, row and mean distance of each pick: in turn the cluster as `turns` says, its first row allowed.
+
+    A cluster with none gets no more turns. `filled` are the rows found already of each cluster, best first.
+    """
+
+    def fetch(shelves: Ints, most: Ints, taken: Ints) -> list[Ranked]:
+        wanted = np.zeros_like(counts.rows)
+        wanted[shelves] = np.minimum(most, open_members(shards, len(wanted), taken)[shelves])
+        nothing: dict[str, Any] = {"rows": taken[:0], "means": np.empty(0)}
+        for _, _, rows, means in _search_clusters(shards, counts, wanted, neighbors, nothing, taken):
+            nothing = {"rows": rows, "means": means}
+        every = _on_shelves(wanted, nothing["rows"], nothing["means"])
+        return [every[shelf] for shelf in shelves]
+
+    due = np.array([len(rows) for _, rows in filled], dtype=np.int64)
+    shelves = Shelves(shards, request, fetch, due, filled=filled)
+    made: list[tuple[int, int, float]] = []
+    for heap in _tiers(counts, counts.eligible):
+        while heap and request.lacking(len(made)):
+            covered, size, cluster, left = heap[0]
+            found = shelves.take(cluster)
+            if found is not None:
+                made.append((cluster, *found))
+            if found is None or left == 1:
+                heapq.heappop(heap)
+            else:
+                heapq.heapreplace(heap, (covered + 1, size, cluster, left - 1))
+    clusters, rows, means = zip(*made, strict=True)
+    return np.array(clusters), np.array(rows), np.array(means)
 
 
 def typiclust(shards: Shards, request: Request, options: Options) -> Iterator[Step]:
@@ -265,18 +316,21 @@ def typiclust(shards: Shards, request: Request, options: Options) -> Iterator[St
         total = max(number, options.iterations + 1)
         yield Step(number, total, nothing, np.empty(0), f"{moved:,} rows moved", arrays=dict(arrays))
     counts = settle(shards, centres, request.labeled)
-    turn = turns(counts, budget)
-    for done, total, rows, means in _search_clusters(shards, counts, turn, options.neighbors, arrays):
+    quota = np.bincount(turns(counts, budget), minlength=k)
+    if request.ledger.bound:
+        quota = np.minimum(np.where(quota > 0, quota + SPARE_ROWS, 0), counts.eligible)
+    for done, total, rows, means in _search_clusters(shards, counts, quota, options.neighbors, arrays, nothing):
         arrays = {"centres": centres, "rows": rows, "means": means}
         if done < total:
             note = f"{done} of {total} groups of clusters"
             steps = options.iterations + done, options.iterations + total
             yield Step(*steps, nothing, np.empty(0), note, arrays=arrays)
-    picks, distance = np.empty(budget, dtype=np.int64), np.empty(budget)
-    place = np.argsort(turn, kind="stable")
-    picks[place], distance[place] = rows, means
+    filled = _on_shelves(quota, rows, means)
+    found, aside = both_ways(request, partial(_by_turns, shards, counts, options.neighbors, filled))
+    cluster, picks, distance = found
     with np.errstate(divide="ignore"):
         typicality = 1 / distance
-    columns = {"cluster_size": counts.rows[turn], "mean_distance": distance}
+    columns = {"cluster_size": counts.rows[cluster], "mean_distance": distance}
     steps = options.iterations + total, options.iterations + total
+    arrays |= {UNCONDITIONAL: aside[1]} if aside else {}
     yield Step(*steps, picks, typicality, columns=columns, arrays=arrays)

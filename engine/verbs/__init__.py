@@ -18,7 +18,7 @@ from engine.verbs.features import (
 )
 from engine.verbs.rounds import RoundsOptions
 from engine.verbs.scoring import SCORING, InfluenceOptions, SimilarityOptions, StabilityOptions
-from engine.verbs.shared import MeasureOptions, PoolOptions, PreprocessingOptions
+from engine.verbs.shared import ConditionOptions, MeasureOptions, PoolOptions, PreprocessingOptions
 from engine.verbs.table import JOB_VERBS, VERBS, Verb
 from engine.verbs.training import (
     ClassifyOptions,
@@ -36,6 +36,7 @@ __all__ = [
     "AssessOptions",
     "ClassifyOptions",
     "CompareOptions",
+    "ConditionOptions",
     "CurvesOptions",
     "DedupOptions",
     "DemoOptions",

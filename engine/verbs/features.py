@@ -9,6 +9,7 @@ from engine.schema import Opt
 from engine.verbs.shared import (
     ActorOptions,
     Address,
+    ConditionOptions,
     EncoderOption,
     Exclude,
     Labeled,
@@ -121,15 +122,30 @@ class ImportOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectOptions(ShardOptions):
+class SelectOptions(ConditionOptions, ShardOptions):
     """Pick the images worth labelling."""
 
     features: Annotated[str, Opt("Feature store written by embed or import.", positional=True)]
     out: Out
     strategy: Annotated[str, Opt("How to pick: see `coresift strategies`.")]
-    budget: Annotated[str, Opt("New labels: a count, a percentage of the pool, or several: 100,500,1%.", result=False)]
+    budget: Annotated[
+        str | None, Opt("New labels: a count, a percentage of the pool, or several: 100,500,1%.", result=False)
+    ] = None
     labeled: Labeled = None
     exclude: Exclude = None
+    budget_cost: Annotated[
+        str | None,
+        Opt(
+            "What there is to spend, instead of --budget: picks are made until what is left pays for none. An image that costs "
+            "more than is left is passed over; gain is not weighed against cost.",
+            metavar="TOTAL",
+            result=False,
+        ),
+    ] = None
+    cost_column: Annotated[
+        str | None,
+        Opt("Column of the features: what an image costs, in the unit of --budget-cost.", metavar="COLUMN", result=False),
+    ] = None
     predictions: Predictions = None
     seed: Seed = 0
     option: Annotated[
@@ -172,7 +188,7 @@ class EvaluateOptions(PoolOptions, MeasureOptions, ShardOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions(MeasureOptions, ShardOptions):
+class CompareOptions(ConditionOptions, MeasureOptions, ShardOptions):
     """Strategies x budgets x seeds on one feature store: one table."""
 
     features: Annotated[str, Opt("Feature store to select from.", positional=True)]

@@ -8,6 +8,7 @@ from typing import Annotated
 from engine.schema import Opt
 from engine.verbs.shared import (
     Address,
+    ConditionOptions,
     DecodeWorkers,
     Device,
     EncoderOption,
@@ -25,7 +26,7 @@ from engine.verbs.training import ModelOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundsOptions(ModelOptions):
+class RoundsOptions(ConditionOptions, ModelOptions):
     """Label in rounds: select, take labels, train, let the new model read the pool, select again.
 
     On a pool of images a network is trained in every round, on a feature store a linear head. Every round trains from the

@@ -162,6 +162,47 @@ class ShardOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConditionOptions:
+    """What picks must satisfy together, by columns of the features; rows without a value are the group `null`."""
+
+    quota: Annotated[
+        tuple[str, ...],
+        Opt(
+            "Exactly so many picks of a value: label=cat:50,dog:20. The rest of the budget goes to other values. Repeatable.",
+            metavar="COLUMN=VALUE:COUNT,...",
+            result=False,
+            repeat=True,
+        ),
+    ] = ()
+    balance: Annotated[
+        str | None,
+        Opt(
+            "Column over whose values the picks are split evenly; a value with too few gives all, the others the rest.",
+            metavar="COLUMN",
+            result=False,
+        ),
+    ] = None
+    cap: Annotated[
+        tuple[str, ...],
+        Opt(
+            "At most N of each value (video=3), counting what is labelled already. Repeatable.",
+            metavar="COLUMN=N",
+            result=False,
+            repeat=True,
+        ),
+    ] = ()
+    where: Annotated[
+        str | None,
+        Opt(
+            "Which images may be picked: width >= 640 and label in ('cat', 'dog') and not (blur is None); also + - * /, "
+            ".startswith('x'), .endswith, .contains, .matches; column('other name').",
+            metavar="EXPRESSION",
+            result=False,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeasureOptions:
     """What is measured of a selection, on stored features."""
 
