@@ -250,6 +250,6 @@ VERBS: dict[str, tuple[type[Any], Callable[[Any, dict[str, bool]], None]]] = {
     "status": (StatusOptions, _status),
     "logs": (LogsOptions, _logs),
     "stop": (StopOptions, _stop),
-    "jobs": (no_options(), _jobs),
+    "jobs": (no_options(_jobs), _jobs),
 }
 """By name: options, and what runs it."""

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import typer
 
 import engine.verbs
-from cli import export, jobs, listings, output
+from cli import export, jobs, listings, output, report
 from cli.options import no_options, verb
 from cli.results import RESULTS
 from cli.session import INTERRUPTED, WAITING, Session
 from engine.schema import InputError, Opt, RunError, known_error, nearest
-from engine.verbs import ExportOptions, ImportLabelsOptions, Verb
+from engine.verbs import ExportOptions, ImportLabelsOptions, ReportOptions, Verb
 
 UsageError = typer.BadParameter.__mro__[1]
 """Typer's own error for a command line that cannot be parsed."""
@@ -95,17 +95,18 @@ def _verify(options: VerifyOptions, flags: dict[str, bool]) -> None:
 VERBS: dict[str, tuple[type[Any], Callable[[Any, dict[str, bool]], None]]] = {
     **{name: (entry.options, _work(name, entry)) for name, entry in engine.verbs.VERBS.items()},
     **jobs.VERBS,
+    "report": (ReportOptions, report.report),
     "export": (ExportOptions, export.export),
     "import-labels": (ImportLabelsOptions, export.import_labels),
     "info": (InfoOptions, _info),
     "verify": (VerifyOptions, _verify),
-    "strategies": (no_options(), listings.strategies),
-    "encoders": (no_options(), listings.encoders),
-    "recipes": (no_options(), listings.recipes),
+    "strategies": (no_options(listings.strategies), listings.strategies),
+    "encoders": (no_options(listings.encoders), listings.encoders),
+    "recipes": (no_options(listings.recipes), listings.recipes),
 }
 
 for _name, (_options, _run) in VERBS.items():
-    _text = _run.__doc__ or _options.__doc__
+    _text = _options.__doc__ or _run.__doc__
     app.command(_name, help=_text)(verb(_options, _run, _name))
 
 

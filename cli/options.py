@@ -83,6 +83,6 @@ def verb(options: type[Any], run: Callable[[Any, dict[str, bool]], None], name: 
     return command
 
 
-def no_options() -> type[Any]:
-    """Return an options dataclass without fields, for verbs that only print."""
-    return dataclasses.make_dataclass("NoOptions", [], frozen=True)
+def no_options(run: Callable[[Any, dict[str, bool]], None]) -> type[Any]:
+    """Return an options dataclass without fields, for a verb that only prints; its help is the docstring of `run`."""
+    return dataclasses.make_dataclass("NoOptions", [], frozen=True, namespace={"__doc__": run.__doc__})

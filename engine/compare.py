@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,11 @@ import pyarrow as pa
 
 from engine.arrays import Ints
 from engine.conditions import Conditions, asked_of, read_conditions
+from engine.curves import Curve, saved_by_seed, saved_table
 from engine.evaluate import Known, Labelled, check_metrics, measure, read_test
 from engine.folders import Claim, begin, digest_of, publish, read_manifest
+from engine.page import Page, Section, render
+from engine.page.curves import curves_section
 from engine.placement import open_shards
 from engine.places import Place
 from engine.runner import Method, run_method
@@ -34,6 +37,10 @@ from engine.select import (
 from engine.shards import Shards, Step
 from engine.store import FeatureStore, table_bytes
 from engine.verbs import CompareOptions
+
+BASELINE = "random"
+ACCURACIES = ("knn_", "linear")
+"""How the metrics begin of which more is better, and for which labels are paid."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,7 @@ def _run(arena: Arena, entrant: Entrant, seed: int, counts: list[int], done: Cal
             done(f"{entrant.name}, {count} picks, seed {seed}")
 
 
-def _summarise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return one row for each strategy, budget and metric: mean and sample standard deviation over the seeds."""
     groups: dict[tuple[str, int, str], list[float]] = {}
     for cell in cells:
@@ -146,11 +153,47 @@ def _summarise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def comparison_section(cells: Sequence[dict[str, Any]], id: str = "comparison", title: str = "Comparison") -> Section:
+    """Return the section of a page that shows a comparison: from its results.parquet's rows, curves and the labels saved.
+
+    Labels are saved beside the strategy BASELINE, by the metrics of ACCURACIES.
+    """
+    table = [{**row, "labeled": row["budget"]} for row in _summarise(cells)]
+    metrics = sorted(dict.fromkeys(row["metric"] for row in table), key=lambda name: name == "seconds")
+    rows_of: dict[str, Sequence[dict[str, Any]]] = {name: [row for row in table if row["metric"] == name] for name in metrics}
+    shares, notes = list[dict[str, Any]](), list[str]()
+    if BASELINE not in {cell["strategy"] for cell in cells}:
+        notes.append(f"Labels saved are told beside {BASELINE}, which is not among the strategies.")
+    else:
+        for name in (name for name in metrics if name.startswith(ACCURACIES)):
+            curves = _curves_of([cell for cell in cells if cell["metric"] == name])
+            shares += [{**row, "metric": name} for row in saved_table(list(saved_by_seed(curves, BASELINE)))]
+    return curves_section(id, title, rows_of, shares, BASELINE, notes)
+
+
+def _curves_of(cells: Sequence[dict[str, Any]]) -> list[Curve]:
+    """Return a curve over the budgets for each strategy and seed, without the budgets at which some run has no value."""
+    undefined = {cell["budget"] for cell in cells if cell["value"] is None}
+    runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for cell in cells:
+        if cell["budget"] not in undefined:
+            runs.setdefault((cell["strategy"], cell["seed"]), []).append(cell)
+    return [
+        Curve(name, seed, name, mine[0]["metric"], *(np.array([c[key] for c in mine], float) for key in ("budget", "value")))
+        for (name, seed), mine in runs.items()
+    ]
+
+
+def _page(cells: Sequence[dict[str, Any]], store: FeatureStore) -> bytes:
+    lead = f"What the picks of each strategy are worth, by the number of labels, on {store.place.uri}."
+    return render(Page("Strategies compared", lead, [comparison_section(cells)]))
+
+
 def compare(options: CompareOptions, progress: Progress = no_progress) -> dict[str, Any]:
     """Select and measure every combination; return the manifest, whose `table` has a row per strategy, budget, metric.
 
     Each cell is published as it is finished, so the same command run again goes on where it stopped. Also writes
-    results.parquet with every single value.
+    results.parquet with every single value, and comparison.html, the picture: curves with spread, and the labels saved.
     """
     check_metrics(options.metrics, options.test)
     store = FeatureStore.of_vectors(options.features)
@@ -203,4 +246,5 @@ def compare(options: CompareOptions, progress: Progress = no_progress) -> dict[s
                 for result in _read_cell(_cell(arena, entrant, seed, count)) or []:
                     cells.append({"strategy": entrant.name, "budget": count, "seed": seed, **result})
     place.at("results.parquet").write(table_bytes(pa.Table.from_pylist(cells)))
+    place.at("comparison.html").write(_page(cells, store))
     return publish(place, {"table": _summarise(cells), "num_cells": total})

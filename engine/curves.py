@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 
 from engine.arrays import Floats
 from engine.folders import Claim, publish, read_manifest, read_run
+from engine.page import Page, render
+from engine.page.curves import curves_section
 from engine.places import Place
 from engine.schema import InputError, Progress, nearest, no_progress, result_options
 from engine.store import table_bytes
@@ -164,7 +166,7 @@ def saved_by_seed(curves: Sequence[Curve], baseline: str) -> Iterator[dict[str, 
             yield {"strategy": name, "seed": curve.seed, **saved(curve, rivals[curve.seed])}
 
 
-def _saved_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def saved_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return a row for each strategy: the share of labels saved, mean and standard deviation over the seeds, and the level."""
     table = []
     for name in dict.fromkeys(row["strategy"] for row in rows):
@@ -174,29 +176,10 @@ def _saved_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
-def picture(rows: Sequence[dict[str, Any]], metric: str) -> str:
-    """Return an HTML page with a curve for each strategy, and bars of a standard deviation; it needs no network."""
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
-    for name in dict.fromkeys(row["strategy"] for row in rows):
-        mine = [row for row in rows if row["strategy"] == name]
-        figure.add_trace(
-            go.Scatter(
-                x=[row["labeled"] for row in mine],
-                y=[row["mean"] for row in mine],
-                error_y={"array": [row["std"] or 0 for row in mine], "thickness": 1, "width": 3},
-                name=name,
-                mode="lines+markers",
-            )
-        )
-    seeds = max(row["seeds"] for row in rows)
-    title = (
-        f"{metric} after training, mean ± standard deviation over {seeds} seeds" if seeds > 1 else f"{metric} after training"
-    )
-    figure.update_layout(title=title, xaxis_title="labels", yaxis_title=metric, template="plotly_white")
-    page: str = figure.to_html(include_plotlyjs=True)
-    return page
+def picture(rows: Sequence[dict[str, Any]], metric: str, shares: Sequence[dict[str, Any]], baseline: str) -> bytes:
+    """Return an HTML page with a curve for each strategy, its spread, and the labels saved; it needs no network."""
+    section = curves_section("curves", "Curves", {metric: rows}, [{**row, "metric": metric} for row in shares], baseline)
+    return render(Page("Learning curves", f"{metric} after training, by the number of labels.", [section]))
 
 
 def curves(options: CurvesOptions, progress: Progress = no_progress) -> dict[str, Any]:
@@ -227,6 +210,7 @@ def curves(options: CurvesOptions, progress: Progress = no_progress) -> dict[str
     place.at("curves.parquet").write(table_bytes(pa.Table.from_pylist(every)))
     if by_seed:
         place.at("saved.parquet").write(table_bytes(pa.Table.from_pylist(by_seed)))
-    place.at("curves.html").write(picture(table, metric).encode())
-    facts = {"metric": metric, "baseline": options.baseline, "table": table, "saved": _saved_table(by_seed)}
+    saved_rows = saved_table(by_seed)
+    place.at("curves.html").write(picture(table, metric, saved_rows, options.baseline))
+    facts = {"metric": metric, "baseline": options.baseline, "table": table, "saved": saved_rows}
     return publish(place, {**facts, "num_runs": len(found)})

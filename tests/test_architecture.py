@@ -31,7 +31,7 @@ FLOORS = [
         "engine.session",
         "engine.pictures",
     },
-    {"engine.folders", "engine.ledger"},
+    {"engine.folders", "engine.ledger", "engine.page"},
     {"engine.store"},
     {"engine.reading", "engine.copies", "engine.infeasible", "engine.where"},
     {"engine.shards", "engine.sources", "engine.weights", "engine.patterns", "engine.inputs", "engine.selections"},
@@ -50,17 +50,17 @@ FLOORS = [
     {"engine.leaks"},
     {"engine.evaluate_model"},
     {"engine.evaluate", "engine.dedup", "engine.export", "engine.oracles"},
+    {"engine.curves"},
     {
         "engine.answers",
         "engine.api",
         "engine.assess",
         "engine.compare",
-        "engine.curves",
         "engine.info",
         "engine.rounds",
         "engine.verify",
     },
-    {"engine.demo"},
+    {"engine.demo", "engine.report"},
     {"jobs"},
     {"cli"},
 ]
@@ -101,7 +101,8 @@ ONLY_THERE = {
         "engine.training.loop",
         "engine.training.rates",
     },
-    "plotly": {"engine.curves"},
+    "plotly": {"engine.page"},
+    "jinja2": {"engine.page"},
     "pydantic": {"jobs.jobfile", "jobs.overlay", "jobs.references", "jobs.expand", "jobs.yamltext"},
     "yaml": {"jobs.yamltext"},
     "typer": {"cli.main", "cli.options", "cli.jobs"},
@@ -113,7 +114,19 @@ VERBS = {
     "engine.verbs",
     *(
         f"engine.verbs.{name}"
-        for name in ("shared", "assess", "copies", "curves", "export", "features", "scoring", "table", "training", "rounds")
+        for name in (
+            "shared",
+            "assess",
+            "copies",
+            "curves",
+            "export",
+            "features",
+            "scoring",
+            "table",
+            "training",
+            "report",
+            "rounds",
+        )
     ),
 }
 LIGHT = {"engine", "engine.masks", "engine.schema", "engine.session", *VERBS}
@@ -125,6 +138,7 @@ LIGHT |= {
     "cli.conditions",
     "cli.export",
     "cli.listings",
+    "cli.report",
     "cli.results",
     "cli.session",
     "cli.jobs",
@@ -168,6 +182,8 @@ def room(module: str) -> str:
         "engine.training",
         "engine.verbs",
         "engine.rounds",
+        "engine.page",
+        "engine.report",
         "cli",
         "jobs",
     ):

@@ -112,6 +112,7 @@ def test_the_picture_needs_no_network(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "curves.html").read_text()
     assert '"name":"margin"' in page
     assert 'src="http' not in page
+    assert "<h3>Labels saved beside random</h3>" in page
 
 
 def test_another_metric_and_no_baseline(tmp_path: Path) -> None:
@@ -166,7 +167,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_names_of_runs_and_metrics_are_text_in_the_picture() -> None:
     hostile = "</script><script>alert(1)</script>"
     rows = [{"strategy": hostile, "labeled": 10, "mean": 0.5, "std": None, "seeds": 1}]
-    page = picture(rows, f"<img src=x onerror=alert(1)>{hostile}")
+    page = picture(rows, f"<img src=x onerror=alert(1)>{hostile}", [], "random").decode()
     assert hostile not in page
     assert "<img src=x" not in page
     assert "alert(1)" in page

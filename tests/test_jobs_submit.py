@@ -4,6 +4,7 @@ import http.server
 import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -95,7 +96,14 @@ def test_the_working_directory_is_the_code_and_the_file(job, tmp_path):
     with staged(open_job(options)) as folder:
         assert sorted(os.listdir(folder)) == ["cli", "engine", "job.yaml", "jobs"]
         assert not list(Path(folder).rglob("__pycache__"))
-        assert {file.suffix for file in Path(folder).rglob("*") if file.is_file()} <= {".py", ".toml", ".yaml"}
+        assert {file.suffix for file in Path(folder).rglob("*") if file.is_file()} <= {
+            ".py",
+            ".toml",
+            ".yaml",
+            ".html",
+            ".css",
+            ".js",
+        }
         words = entrypoint(options)
         assert words == "python3.11 -X dev -m cli run job.yaml --address auto --only features"
         here = [sys.executable, *words.split()[3:6], "job.yaml", "--dry-run", "--only", "features"]
@@ -212,7 +220,7 @@ def test_exit_codes_are_the_jobs_own():
     assert [
         exit_code(details("j", state, code), server) for state, code in [("SUCCEEDED", 0), ("FAILED", 3), ("SUCCEEDED", None)]
     ] == [0, 3, 0]
-    with pytest.raises(RunError, match="job j failed before it began: no space left"):
+    with pytest.raises(RunError, match="job j ended without an exit code of its own: no space left"):
         exit_code(details("j", "FAILED", None, "no\nspace left"), server)
     with pytest.raises(RunError, match="job j was stopped"):
         exit_code(details("j", "STOPPED", 1), server)
@@ -293,11 +301,15 @@ def test_the_same_picks_here_and_there(cluster, job, tmp_path):
 @pytest.mark.slow
 def test_the_connection_is_lost_and_the_job_goes_on(cluster, job, tmp_path):
     make_folder(tmp_path / "pool", [f"{name}/{index}.png" for name in ("cat", "dog") for index in range(60)])
-    file = job().job
+    file, wait, end = job().job, tmp_path / "python.sh", tmp_path / "end"
     proxy = Proxy(cluster.dashboard_port)
     through = f"http://{HOST}:{proxy.port}"
+    # a job that goes on until it may end: what follows it is never too late
+    until = f"until test -e {shlex.quote(str(end))}; do sleep 0.2; done"
+    wait.write_text(f'{shlex.quote(sys.executable)} "$@"; code=$?; {until}; exit $code')
+    sent = ["submit", file, "--address", through, "--python", f"sh {shlex.quote(str(wait))}"]
     follower = subprocess.Popen(
-        **command(["submit", file, "--address", through, "--patience", "3"], cluster),
+        **command([*sent, "--patience", "3"], cluster),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -309,9 +321,7 @@ def test_the_connection_is_lost_and_the_job_goes_on(cluster, job, tmp_path):
     assert "The job goes on; look at it again: coresift logs small-" in err
     job_id = err.rsplit("coresift logs ", 1)[1].split()[0]
     proxy.mend()
-    other = subprocess.Popen(
-        **command(["submit", file, "--address", through], cluster), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    other = subprocess.Popen(**command(sent, cluster), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert f"{job_id}: runs already" in other.stderr.readline()
     assert seen in iter(other.stdout.readline, "")
     interrupt(other)
@@ -325,6 +335,7 @@ def test_the_connection_is_lost_and_the_job_goes_on(cluster, job, tmp_path):
     proxy.cut()
     time.sleep(3)
     proxy.mend()
+    end.touch()
     out, err = watcher.communicate(timeout=300)
     assert watcher.returncode == 0, err
     assert out.count("[1/3] features: coresift embed") == 1

@@ -16,6 +16,7 @@ from engine.verbs.features import (
     ImportOptions,
     SelectOptions,
 )
+from engine.verbs.report import ReportOptions
 from engine.verbs.rounds import RoundsOptions
 from engine.verbs.scoring import SCORING, InfluenceOptions, SimilarityOptions, StabilityOptions
 from engine.verbs.shared import ConditionOptions, MeasureOptions, PoolOptions, PreprocessingOptions
@@ -53,6 +54,7 @@ __all__ = [
     "PoolOptions",
     "PredictOptions",
     "PreprocessingOptions",
+    "ReportOptions",
     "RoundsOptions",
     "SelectOptions",
     "SimilarityOptions",
