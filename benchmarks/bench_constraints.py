@@ -1,10 +1,12 @@
 """What quotas cost in coverage: an unbalanced pool, every strategy, with as many picks of each class and without conditions.
 
-    python benchmarks/bench_constraints.py POOL.parquet [--unit 80] [--budget 200] [--seeds 3] -- OPTIONS OF EMBED
+    python benchmarks/bench_constraints.py POOL.parquet [--unit 80] [--budget 200] [--seeds 3] [--strategies A,B]
+        [--work DIR] -- OPTIONS OF EMBED
 
 The pool has unit, 2 unit, 3 unit ... of the labelled images of each class of POOL; the label is the column that the quota is
 on. Mean distance and covering radius are from a pool image to its nearest pick, on the normalised vectors. Strategies that
-read probabilities get those of a logistic regression on as many random images as the budget. Without arguments: digits.
+read probabilities get those of a logistic regression on as many random images as the budget. With --work everything is kept
+there, and run again it goes on where it stopped. Without arguments: digits.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ LEFT_OUT = {"influence", "gradient_similarity", "stability", "uniform"}
 
 def unbalanced(pool: str, unit: int, out: Path) -> str:
     """Write the first unit, 2 unit, ... images of the classes of a pool, by their order, as a pool of its own."""
+    if out.exists():
+        return str(out)
     table = pq.read_table(pool)
     labels = np.array(table["label"].to_pylist())
     _, codes = np.unique(labels, return_inverse=True)
@@ -47,6 +51,8 @@ def unbalanced(pool: str, unit: int, out: Path) -> str:
 
 def probabilities(store: FeatureStore, count: int, out: Path) -> str:
     """Write what a logistic regression on `count` random images gives for all, as a store; return its folder."""
+    if out.exists():
+        return str(out)
     rows = np.random.default_rng(0).permutation(len(store.rows))[:count]
     x = store.vectors()
     x /= np.linalg.norm(x, axis=1, keepdims=True)
@@ -72,9 +78,12 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--unit", type=int, default=80)
     parser.add_argument("--budget", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--strategies", type=lambda text: text.split(","), default=[n for n in STRATEGIES if n not in LEFT_OUT])
+    parser.add_argument("--work", type=Path)
     given, own = known_and_own(parser, arguments)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        folder = given.work or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         coresift("embed", unbalanced(given.pool, given.unit, folder / "pool.parquet"), "--out", str(folder / "features"), *own)
         store = FeatureStore(str(folder / "features"))
         probs = probabilities(store, given.budget, folder / "probs")
@@ -86,7 +95,7 @@ def run(arguments: list[str]) -> None:
         rows = []
         print(f"{len(store.rows):,} images of {len(names)} classes, {counts.tolist()}; {each} picks of each class")
         print("strategy | mean distance, free | with the quota | radius, free | with quota | of a class, free")
-        for name in (name for name in STRATEGIES if name not in LEFT_OUT):
+        for name in given.strategies:
             found: dict[str, list[tuple[float, float]]] = {"free": [], "quota": []}
             spread = []
             for seed in range(given.seeds):

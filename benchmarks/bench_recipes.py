@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from commands import ROOT, begin, coresift
-from pools import cut, long_tailed
+from pools import cut, listed
 
 NAMES = sorted(file.stem for file in (ROOT / "jobs" / "recipes").glob("*.yaml"))
 BOXES = ("freesel-voc", "isal-voc2012", "isal-coco-fasterrcnn", "isal-coco-fcos")
@@ -32,9 +32,10 @@ def pools(shared: Path, folder: Path) -> dict[str, str]:
     for name, source, rows in (("pool", train, 1000), ("fewer", train, 500), ("test", test, 300)):
         if not files[name].exists():
             cut(source, rows, files[name])
-    files["long"] = folder / "long.txt"
-    if not files["long"].exists():
-        long_tailed(train, 2000, files["long"])
+    for name, source, rows, tail in (("long", train, 1000, 0.8), ("flat", test, 300, 1.0)):
+        files[name] = folder / f"{name}.txt"
+        if not files[name].exists():
+            listed(source, rows, files[name], tail)
     return {name: str(file) for name, file in files.items()}
 
 
@@ -47,7 +48,7 @@ def places(name: str, shared: Path, known: dict[str, str]) -> dict[str, str]:
     pool = known["fewer"] if name.startswith("isal") else known["pool"]
     given = {"pool": pool, "data.test": known["test"], "data.weights": weights}
     if name == "lowbudget-imagenet-lt":
-        given |= {"pool": known["long"], "data.images": str(Path(known["long"]).parent)}
+        given |= {"pool": known["long"], "data.test": known["flat"], "data.images": str(Path(known["long"]).parent)}
     return given
 
 

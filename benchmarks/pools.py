@@ -16,17 +16,17 @@ def cut(source: Path, rows: int, target: Path) -> str:
     return str(target)
 
 
-def long_tailed(source: Path, rows: int, target: Path) -> str:
-    """Write the first rows as files, each class 0.7 times as often as the one before it, and a list of them.
+def listed(source: Path, rows: int, target: Path, tail: float = 1.0) -> str:
+    """Write the first rows as files, and a list of them, `path label` a line, as ImageNet-LT has it; return the list.
 
-    Returns the list, `path label` a line, as ImageNet-LT has it; the files lie beside it.
+    At most rows / 10 of the first class, and of each other class `tail` times as many as of the one before it.
     """
     lines, kept = list[str](), np.zeros(10, dtype=int)
     folder = target.parent / target.stem
     folder.mkdir()
     for row in next(pq.ParquetFile(source).iter_batches(rows)).to_pylist():
         label = row["label"]
-        if kept[label] < rows / 20 * 0.7**label:
+        if kept[label] < rows / 10 * tail**label:
             kept[label] += 1
             (folder / row["image"]["path"]).write_bytes(row["image"]["bytes"])
             lines.append(f"{folder.name}/{row['image']['path']} {label}\n")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import engine.verbs
-from cli import export, jobs, listings, output, report
+from cli import export, jobs, listings, output, plans, report
 from cli.options import no_options, verb
 from cli.results import RESULTS
 from cli.session import INTERRUPTED, WAITING, Session
@@ -95,6 +95,7 @@ def _verify(options: VerifyOptions, flags: dict[str, bool]) -> None:
 VERBS: dict[str, tuple[type[Any], Callable[[Any, dict[str, bool]], None]]] = {
     **{name: (entry.options, _work(name, entry)) for name, entry in engine.verbs.VERBS.items()},
     **jobs.VERBS,
+    **plans.VERBS,
     "report": (ReportOptions, report.report),
     "export": (ExportOptions, export.export),
     "import-labels": (ImportLabelsOptions, export.import_labels),

@@ -82,6 +82,12 @@ class Block:
         return canonical_norms(self.x)
 
 
+def among(rows: Ints, some: Ints) -> Bools:
+    """Return which of a block's `rows` are among `some`, (r,); both ascend. Only those of the block's range are looked at."""
+    low, high = np.searchsorted(some, [rows[0], rows[-1] + 1]) if len(rows) else (0, 0)
+    return np.isin(rows, some[low:high])
+
+
 Ranked = tuple[npt.NDArray[Any], Ints]
 
 

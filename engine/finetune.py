@@ -172,20 +172,23 @@ def _gather(
     if train.held is not None:
         held = gather(train.pool, train.held, place.at(HELDOUT), wanted, train.labels, address, False, progress)
         most = max(most, held.manifest["max_label"])
+    tests = None
+    if test is not None:
+        known = images.class_names if train.class_names is not None and test.class_names is not None else None
+        wanted = Wanted(boxes, strict=False, max_pixels=options.max_pixels, class_names=known)
+        tests = gather(test.pool, test.chosen, place.at("test"), wanted, test.labels, address, False, progress)
+        largest = tests.manifest["max_label"]
+        if not images.class_names:  # numbers: a small selection may lack the largest
+            most = max(most, largest)
+        elif largest >= len(images.class_names):
+            raise InputError(
+                f"--test {test.pool.uri!r} has label {largest}, and what was trained on has classes 0 to "
+                f"{len(images.class_names) - 1}: both must number them alike"
+            )
     names = images.class_names or tuple(str(label) for label in range(most + 1))
     setup = replace(setup, class_names=names)
     if names != (train.class_names or UNKNOWN):
         try_model(setup)
-    if test is None:
-        return setup, images, None
-    known = names if train.class_names is not None and test.class_names is not None else None
-    wanted = Wanted(boxes, strict=False, max_pixels=options.max_pixels, class_names=known)
-    tests = gather(test.pool, test.chosen, place.at("test"), wanted, test.labels, address, False, progress)
-    if tests.manifest["max_label"] >= len(names):
-        raise InputError(
-            f"--test {test.pool.uri!r} has label {tests.manifest['max_label']}, and what was trained on has classes 0 to "
-            f"{len(names) - 1}: both must number them alike"
-        )
     return setup, images, tests
 
 

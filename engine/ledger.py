@@ -15,6 +15,7 @@ from fractions import Fraction
 import numpy as np
 
 from engine.arrays import Bools, Floats, Ints
+from engine.blocks import Block, among
 from engine.flows import Circulation, circulation
 from engine.schema import InputError
 
@@ -260,3 +261,25 @@ def fill(budget: int, found: Network, column: int, order: Ints) -> Ints:
     shares = np.zeros(len(arcs), dtype=np.int64)
     shares[arcs >= 0] = found.flow.low[arcs[arcs >= 0]]
     return shares
+
+
+def reset_block(block: Block, excluded: Ints, terms: Terms | None) -> None:
+    """Make a block ready for a fresh run: no state, `excluded` (ascending) not eligible, and each row's cell and cost."""
+    block.state.clear()
+    block.eligible = ~among(block.rows, excluded)
+    block.cell = block.cost = None
+    if terms is not None:
+        at = np.searchsorted(terms.rows, block.rows[block.eligible])
+        block.cell = np.full(len(block.rows), -1, dtype=np.int64)
+        block.cell[block.eligible] = terms.cell[at]
+        if terms.cost is not None:
+            block.cost = np.zeros(len(block.rows))
+            block.cost[block.eligible] = terms.cost[at]
+
+
+def close_block(block: Block, closing: Closing) -> None:
+    """Make ineligible what a ledger has closed."""
+    if block.cell is not None:
+        block.eligible = block.offered & ~closing.cells[block.cell]
+    if block.cost is not None:
+        block.eligible &= block.cost <= closing.affordable

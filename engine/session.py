@@ -167,6 +167,15 @@ def cpus() -> int:
     return max(1, size().cpus)
 
 
+def nodes() -> list[tuple[int, int, float]]:
+    """Return (CPUs, GPUs, bytes of memory) of each live node of the connected cluster that has CPUs or GPUs."""
+    import ray
+
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    told = [(int(has.get("CPU", 0)), int(has.get("GPU", 0)), float(has.get("memory", 0))) for has in found]
+    return [node for node in told if node[0] or node[1]]
+
+
 def gpus() -> int:
     """Return the whole GPUs of `size`."""
     return size().gpus

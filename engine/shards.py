@@ -6,6 +6,7 @@ associative functions, so the number of shards never shows in a result.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from engine import session
 from engine.arrays import Floats, Ints
 from engine.blocks import Block
 from engine.canonical import rows_at
-from engine.ledger import Closing, Ledger, Terms
+from engine.ledger import Ledger, Terms, close_block, reset_block
 from engine.products import precision
 from engine.reading import Reading, load_blocks
 from engine.schema import BLOCK_ROWS, InputError, first_line
@@ -143,24 +144,28 @@ def _run(blocks: list[Block], call: Call, asked: str, pool: ThreadPoolExecutor |
     return results[0] if combine else results
 
 
-def _pick_out(block: Block, rows: Ints) -> tuple[Ints, torch.Tensor]:
-    """Return (positions in `rows`, vectors) of all vectors of the asked rows that live in this block."""
+Picked = list[tuple[Ints, torch.Tensor]]
+"""(positions among the rows asked for, what was asked for) of the blocks that have some of them, one entry a block."""
+
+
+def _pick_out(block: Block, rows: Ints) -> Picked:
+    """Return all vectors of the asked rows that live in this block."""
     first, end = np.searchsorted(block.rows, rows), np.searchsorted(block.rows, rows, side="right")
     counts = end - first
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     here: Ints = np.repeat(np.arange(len(rows), dtype=np.int64), counts)
-    return here, block.some(np.repeat(first, counts) + within).cpu()
+    return [(here, block.some(np.repeat(first, counts) + within).cpu())] if len(here) else []
 
 
-def _predicted(block: Block, rows: Ints, name: str) -> tuple[Ints, torch.Tensor]:
-    """Return (positions in `rows`, predictions) of the asked rows that live in this block."""
+def _predicted(block: Block, rows: Ints, name: str) -> Picked:
+    """Return the predictions of the asked rows that live in this block."""
     here = np.flatnonzero(np.isin(rows, block.rows))
-    return here, block.predicted(name, np.searchsorted(block.rows, rows[here]))
+    return [(here, block.predicted(name, np.searchsorted(block.rows, rows[here])))] if len(here) else []
 
 
 def take_predicted(shards: Shards, rows: Ints, name: str) -> torch.Tensor:
     """Return a model's predictions `name` for some pool rows in the order given, (m, c) float32; a vector an image."""
-    found = [(here, values) for here, values in shards.map(_predicted, rows, name) if len(here)]
+    found: Picked = shards.map(_predicted, rows, name, combine=operator.add)
     order = np.argsort(np.concatenate([here for here, _ in found]), kind="stable")
     return rows_at(torch.cat([values for _, values in found]), order)
 
@@ -171,39 +176,20 @@ def take_patterns(shards: Shards, rows: Ints) -> tuple[torch.Tensor, Ints]:
     (m, d) float32 and (m,), ascending; m is len(rows) where an image has one vector. Raises InputError for a row
     without any.
     """
-    found = shards.map(_pick_out, rows)
-    owner = np.concatenate([here for here, _ in found])
+    found: Picked = shards.map(_pick_out, rows, combine=operator.add)
+    owner = np.concatenate([np.empty(0, np.int64), *(here for here, _ in found)])
     order = np.argsort(owner, kind="stable")
     missing = len(rows) - len(np.unique(owner))
     if missing:
         raise InputError(f"{missing} of {len(rows)} rows have no vector")
-    return rows_at(torch.cat([x for _, x in found]), order), owner[order]
-
-
-def _reset(block: Block, excluded: Ints, terms: Terms | None) -> None:
-    block.state.clear()
-    block.eligible = ~np.isin(block.rows, excluded)
-    block.cell = block.cost = None
-    if terms is not None:
-        at = np.searchsorted(terms.rows, block.rows[block.eligible])
-        block.cell = np.full(len(block.rows), -1, dtype=np.int64)
-        block.cell[block.eligible] = terms.cell[at]
-        if terms.cost is not None:
-            block.cost = np.zeros(len(block.rows))
-            block.cost[block.eligible] = terms.cost[at]
-
-
-def _close(block: Block, closing: Closing) -> None:
-    if block.cell is not None:
-        block.eligible = block.offered & ~closing.cells[block.cell]
-    if block.cost is not None:
-        block.eligible &= block.cost <= closing.affordable
+    every = torch.cat([torch.empty((0, shards.d)), *(x for _, x in found)])
+    return rows_at(every, order), owner[order]
 
 
 def close(shards: Shards, ledger: Ledger) -> None:
     """Make ineligible, in the blocks, what a ledger allows no more; picks are left as they are."""
     if ledger.bound:
-        shards.map(_close, ledger.closing())
+        shards.map(close_block, ledger.closing())
 
 
 class LocalShards:
@@ -395,4 +381,4 @@ def from_array(
 
 def prepare(shards: Shards, excluded: Ints, terms: Terms | None = None) -> None:
     """Make shards ready for a fresh run: no state left, and `excluded` rows not eligible; the others are those of `terms`."""
-    shards.map(_reset, excluded, replace(terms, network=None) if terms else None)
+    shards.map(reset_block, excluded, replace(terms, network=None) if terms else None)

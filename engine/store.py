@@ -256,6 +256,12 @@ class FeatureStore:
         """The pool rows that have a vector, ascending, (num_vectors,) int64."""
         return np.asarray(self.read_column("row").to_numpy(), dtype=np.int64)
 
+    def having(self, rows: Ints) -> Ints:
+        """Return those of some ascending pool rows that have a vector: only the blocks that hold some are read."""
+        blocks = np.unique(rows // self.block_rows).tolist()
+        found = [self.read_block(index, ["row"])["row"].to_numpy() for index in blocks if self.block_parts[index]]
+        return np.intersect1d(rows, np.concatenate([np.empty(0, np.int64), *found]))
+
     @cached_property
     def labels(self) -> npt.NDArray[np.int64]:
         """The label of each vector, (num_vectors,) int64, -1 where unknown."""

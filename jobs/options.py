@@ -20,7 +20,7 @@ Patience = Annotated[float, Opt("How long a lost connection is tried again while
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobOptions:
+class FileOptions:
     """Which job file, what lies over it, and which of its steps."""
 
     job: Annotated[
@@ -37,6 +37,12 @@ class JobOptions:
     ] = ()
     small: Annotated[bool, Opt("The file's small variant, for a laptop.")] = False
     only: Annotated[tuple[str, ...], Opt("Run these steps, comma-separated, and no others.", metavar="STEP,...")] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions(FileOptions):
+    """The same, and whether they are run."""
+
     dry_run: Annotated[bool, Opt("Check everything, print the steps as commands, run nothing.")] = False
 
 

@@ -15,7 +15,7 @@ from engine.verbs import VERBS
 from jobs.checks import check_steps
 from jobs.expand import expand
 from jobs.jobfile import JobFile
-from jobs.options import JobOptions
+from jobs.options import FileOptions
 from jobs.overlay import load
 from jobs.step import Step
 
@@ -42,7 +42,7 @@ class Observer(Protocol):
         """Take note of what a step's function returned; return whether the job may go on."""
 
 
-def open_job(options: JobOptions, address: str | None = None) -> Job:
+def open_job(options: FileOptions, address: str | None = None) -> Job:
     """Return a job, all of it checked; raises InputError that lists what is wrong."""
     file = load(options.job, options.small, options.set)
     steps = expand(file, address)

@@ -164,13 +164,13 @@ def submit(server: Server, job: Job, options: SubmitOptions, sleep: Callable[[fl
 
 
 def exit_code(info: Any, server: Server) -> int:
-    """Return the exit code of a job that has ended, its own; raises RunError where it never began, or was stopped."""
+    """Return the exit code of a job that has ended, its own; raises RunError where it has none, or was stopped."""
     if info.driver_exit_code is not None and str(info.status) != "STOPPED":
         return int(info.driver_exit_code)
     if str(info.status) == "SUCCEEDED":
         return 0
     why = " ".join((info.message or "no reason was given").split())
-    state = "was stopped" if str(info.status) == "STOPPED" else f"failed before it began: {why[:600]}"
+    state = "was stopped" if str(info.status) == "STOPPED" else f"ended without an exit code of its own: {why[:600]}"
     raise RunError(f"job {info.submission_id} {state}; submitted again it goes on")
 
 

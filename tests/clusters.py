@@ -16,7 +16,15 @@ from pathlib import Path
 import psutil
 
 HOST = "127.0.0.1"
-RAY = str(Path(sys.executable).with_name("ray"))
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Ray takes the machine's own address for 127.0.0.1, but on a Mac: this has it do so in everything that reads it."""
+RAY = f"""
+from ray._private import ray_constants, services
+ray_constants.ENABLE_RAY_CLUSTER = True  # `ray start` would start no further nodes
+services.get_node_ip_address = lambda address=None: {HOST!r}
+from ray.scripts.scripts import main
+main()
+"""
 START_S = 120.0
 
 
@@ -67,8 +75,8 @@ class LocalCluster:
 
     @property
     def env(self) -> dict[str, str]:
-        """What a client needs in its environment, beside the rest: the token."""
-        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / "token")}
+        """What a client needs in its environment, beside the rest: the token, and to find the cluster on 127.0.0.1."""
+        return {**LOOPBACK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / "token")}
 
     def __enter__(self) -> "LocalCluster":
         token = self.folder / "token"
@@ -102,10 +110,20 @@ class LocalCluster:
 
     def _start(self, arguments: list[str], cpus: int) -> Node:
         log = self.folder / f"node-{len(self.nodes)}.log"
-        words = [RAY, "start", "--block", "--disable-usage-stats", f"--node-ip-address={HOST}", f"--num-cpus={cpus}"]
+        words = [
+            sys.executable,
+            "-c",
+            RAY,
+            "start",
+            "--block",
+            "--disable-usage-stats",
+            f"--node-ip-address={HOST}",
+            f"--num-cpus={cpus}",
+        ]
         words += ["--object-store-memory=200000000", f"--dashboard-agent-listen-port={free_port()}", *arguments]
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **self.env, **self.environment}
+        given = {"PATH": path, "OMP_NUM_THREADS": "1", "RAY_memory_monitor_refresh_ms": "0"}  # others may fill the memory
+        environment = {**os.environ, **given, **self.env, **self.environment}
         for name in ("RAY_ADDRESS", "PYTHONPATH"):
             environment.pop(name, None)
         with log.open("wb") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -142,12 +143,14 @@ LIGHT |= {
     "cli.results",
     "cli.session",
     "cli.jobs",
+    "cli.plans",
     "cli.__main__",
 }
-LIGHT |= {"jobs", "jobs.options"}
+LIGHT |= {"jobs", "jobs.options", "jobs.plan_options"}
 """What `coresift --help` loads."""
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     found = {}
     for package in ("engine", "cli", "jobs"):
@@ -157,6 +160,7 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@functools.cache
 def imports(path: Path, top_level: bool = False) -> set[str]:
     """Return the modules a file imports; our own as modules, not as the names taken from them."""
     tree = ast.parse(path.read_text())

@@ -314,7 +314,7 @@ def test_every_verb_answers_in_json_here():
         "demo",
     }
     elsewhere = {"finetune", "predict", "rounds", "curves"}  # test_finetune.py, test_predict.py, ...
-    elsewhere |= {"run", "jobs", "submit", "status", "logs", "stop"}  # test_jobs_run.py, test_jobs_submit.py
+    elsewhere |= {"run", "jobs", "plan", "submit", "status", "logs", "stop"}  # test_jobs_run.py, test_jobs_submit.py, ...
     elsewhere |= {"assess", "export", "import-labels", "report"}  # test_assess.py, test_export.py, test_answers.py
     assert set(VERBS) == tested | elsewhere
 

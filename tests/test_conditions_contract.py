@@ -11,6 +11,7 @@ from fractions import Fraction
 import numpy as np
 import oracles
 import pytest
+from folding import Backwards
 from scipy.optimize import Bounds, LinearConstraint, milp
 from test_contract import QUICK, clustered, labels, probabilities, shards_of, worth
 
@@ -223,16 +224,6 @@ def test_threads_and_order_of_combining_change_nothing(name: str) -> None:
     request, _ = request_of("balance and cap")
     whole = run(name, shards_of(POOLS["clustered"], 16), request)
     local = shards_of(POOLS["clustered"], 16)
-
-    class Backwards(LocalShards):
-        def map(self, fn, *args, combine=None, at=None):  # type: ignore[no-untyped-def]
-            results = LocalShards.map(self, fn, *args, at=at)
-            if combine is None:
-                return results
-            folded = results[-1]
-            for result in results[-2::-1]:
-                folded = combine(result, folded)
-            return folded
 
     assert run(name, Backwards(local.blocks, local.d), request).picks.tolist() == whole.picks.tolist()
 

@@ -228,6 +228,19 @@ def test_a_class_that_only_a_held_out_image_has_is_known(tmp_path):
     assert held_rows(tmp_path / "out") == [held]
 
 
+def test_a_class_that_only_the_test_pool_has_is_known_where_classes_are_numbers(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, labels in (("train", [0, 1] * 4), ("test", [0, 1, 2, 4])):
+        (tmp_path / name).mkdir()
+        for row in range(len(labels)):
+            (tmp_path / name / f"{row}.png").write_bytes(picture(row % 3, rng))
+        (tmp_path / name / "list.txt").write_text("".join(f"{row}.png {label}\n" for row, label in enumerate(labels)))
+    options = told((str(tmp_path / "train" / "list.txt"), str(tmp_path / "test" / "list.txt")), "all", tmp_path / "out")
+    manifest = finetune(options)
+    assert manifest["model"]["class_names"] == ["0", "1", "2", "3", "4"]
+    assert next(entry["note"] for entry in manifest["metrics"] if entry["metric"] == "top1") == "% of 4 images"
+
+
 @pytest.mark.parametrize(
     ("more", "given", "words"),
     [

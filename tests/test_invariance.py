@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from folding import Backwards
 from scores import write_scores
 from test_contract import QUICK, SCORED, probabilities, worth
 
@@ -109,16 +110,6 @@ def test_one_thread_or_two(store: FeatureStore, expected: dict[str, Step], name:
 def test_order_of_combining_does_not_matter(store: FeatureStore, expected: dict[str, Step], name: str) -> None:
     """Fold the blocks from the right instead of from the left: associativity, exactly."""
     local = open_local(store, reading_of(store, name))
-
-    class Backwards(LocalShards):
-        def map(self, fn, *args, combine=None, at=None):  # type: ignore[no-untyped-def]
-            results = LocalShards.map(self, fn, *args, at=at)
-            if combine is None:
-                return results
-            folded = results[-1]
-            for result in results[-2::-1]:
-                folded = combine(result, folded)
-            return folded
 
     assert same(run(name, Backwards(local.blocks, local.d)), expected[name])
 

@@ -79,7 +79,8 @@ def test_nodes_get_the_versions_of_constraints(launcher):
         assert "RAY_AUTH_MODE=token" in command
 
 
-# Fields of KubeRay 1.6, as its API reference lists them.
+# Fields of KubeRay's API: of its published types, and what is documented since (labels, authOptions, a group's
+# idleTimeoutSeconds). The whole schema is a megabyte of what Kubernetes says of pods.
 JOB = "activeDeadlineSeconds backoffLimit clusterSelector deletionStrategy entrypoint entrypointNumCpus entrypointNumGpus "
 JOB += "entrypointResources jobId managedBy metadata preRunningDeadlineSeconds rayClusterSpec runtimeEnvYAML "
 JOB += "shutdownAfterJobFinishes submissionMode submitterConfig submitterPodTemplate suspend ttlSecondsAfterFinished"

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from engine.arrays import Floats, Ints
-from engine.blocks import Block, Ranked, fixed_point_scale, merge_smallest, smallest, vector_scale, weighted_sums
+from engine.blocks import Block, Ranked, among, fixed_point_scale, merge_smallest, smallest, vector_scale, weighted_sums
 from engine.canonical import rows_at, single_thread
 from engine.draws import random_keys, random_subset
 from engine.nearest import merge_lists, top_similar
@@ -215,7 +215,7 @@ def objective(
 
 
 def _lists(block: Block, centres: Matrix, taken: Ints, m: int) -> tuple[Floats, Ints]:
-    keep = np.flatnonzero(block.eligible & ~np.isin(block.rows, taken))
+    keep = np.flatnonzero(block.eligible & ~among(block.rows, taken))
     return top_similar(rows_at(block.x, keep), block.rows[keep], torch.tensor(centres), m, block.norms[keep])
 
 
@@ -227,7 +227,7 @@ def snap(shards: Shards, centres: Matrix, request: Request, width: int = 8) -> t
     every = np.arange(len(centres), dtype=np.int64)
 
     def fetch(shelves: Ints, most: Ints, taken: Ints) -> list[Ranked]:
-        values, rows = shards.map(_lists, centres[shelves], taken, int(most.max()), combine=merge_lists)
+        values, rows = shards.map(_lists, centres[shelves], np.sort(taken), int(most.max()), combine=merge_lists)
         return [(some[found >= 0], found[found >= 0]) for some, found in zip(values, rows, strict=True)]
 
     shelves = Shelves(shards, request, fetch, np.ones_like(every), spare=width - 1)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from engine.arrays import Bools, Floats, Ints
-from engine.blocks import Block, Ranked
+from engine.blocks import Block, Ranked, among
 from engine.draws import random_keys
 from engine.nearest import nearest_sqdist
 from engine.select.lloyd import Matrix, largest_entry, lloyd
@@ -59,7 +59,7 @@ def _settle(block: Block, centres: Matrix, labeled: Ints) -> Counts:
     order = np.argsort(cluster, kind="stable")
     starts = np.searchsorted(cluster[order], np.arange(len(centres) + 1))
     block.state["clusters"] = cluster, sqdist, order, starts
-    masks: tuple[Any, ...] = (slice(None), block.eligible, np.isin(block.rows, labeled))
+    masks: tuple[Any, ...] = (slice(None), block.eligible, among(block.rows, labeled))
     return Counts(*(np.bincount(cluster[mask], minlength=len(centres)) for mask in masks))
 
 

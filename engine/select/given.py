@@ -136,7 +136,7 @@ def _read_rows(
     outside = rows[(rows < 0) | (rows >= store.num_rows)]
     if len(outside):
         raise InputError(f"{flag} {uri!r} names row {outside[0]}; the pool has rows 0 to {store.num_rows - 1}")
-    return np.intersect1d(rows, store.rows)
+    return store.having(rows)
 
 
 def _rows_of_column(flag: str, name: str, store: FeatureStore) -> Ints:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from engine.arrays import Bools, Ints
-from engine.blocks import Block, Ranked, fixed_point_scale, fixed_point_sums, merge_smallest, smallest, vector_scale
+from engine.blocks import Block, Ranked, among, fixed_point_scale, fixed_point_sums, merge_smallest, smallest, vector_scale
 from engine.canonical import canonical_sqdist
 from engine.nearest import Centres, nearest_sqdist
 from engine.select.bounds import NO_GAPS, Bounded, Motion, count_gaps, plan
@@ -103,7 +103,7 @@ def _add(a: Delta, b: Delta) -> Delta:
 
 def _farthest(block: Block, centres: Matrix, taken: Ints, m: int) -> Ranked:
     """Return the m eligible rows farthest from their nearest centre (negated squared distance), `taken` left out."""
-    ok = block.eligible & ~np.isin(block.rows, taken)
+    ok = block.eligible & ~among(block.rows, taken)
     _, sqdist = nearest_sqdist(block.x, torch.tensor(centres), block.norms)
     return smallest(-sqdist[ok], block.rows[ok], m)
 
@@ -118,7 +118,7 @@ def _farthest_from_own(block: Block, centres: Centres, m: int) -> Ranked:
 
 def farthest_rows(shards: Shards, centres: Matrix, taken: Ints, m: int) -> Ranked:
     """Return the m eligible rows farthest from their nearest centre, over the whole pool."""
-    ranked: Ranked = shards.map(_farthest, centres, taken, m, combine=partial(merge_smallest, m))
+    ranked: Ranked = shards.map(_farthest, centres, np.sort(taken), m, combine=partial(merge_smallest, m))
     return ranked
 
 

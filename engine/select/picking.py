@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from engine.arrays import Floats, Ints
-from engine.blocks import Block, Ranked, merge_smallest, smallest
+from engine.blocks import Block, Ranked, among, merge_smallest, smallest
 from engine.draws import random_keys
 from engine.ledger import Ledger
 from engine.shards import Request, Shards, close
@@ -59,13 +59,13 @@ def first_allowed(shards: Shards, request: Request, find: Find, taken: Ints, wan
 
 
 def _lowest_keys(block: Block, seed: int, step: tuple[int, ...], taken: Ints, m: int) -> Ranked:
-    rows = np.unique(block.rows[block.eligible & ~np.isin(block.rows, taken)])  # several vectors an image: one key
+    rows = np.unique(block.rows[block.eligible & ~among(block.rows, taken)])  # several vectors an image: one key
     return smallest(random_keys(seed, step, rows), rows, m)
 
 
 def first_of_permutation(shards: Shards, seed: int, step: tuple[int, ...], taken: Ints, m: int) -> Ranked:
     """Return the first m rows of a seeded permutation of the eligible rows, `taken` left out; fewer if there are fewer."""
-    found: Ranked = shards.map(_lowest_keys, seed, step, taken, m, combine=partial(merge_smallest, m))
+    found: Ranked = shards.map(_lowest_keys, seed, step, np.sort(taken), m, combine=partial(merge_smallest, m))
     return found
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from engine.arrays import Floats, Ints
-from engine.blocks import Block, Ranked, merge_smallest, smallest
+from engine.blocks import Block, Ranked, among, merge_smallest, smallest
 from engine.canonical import canonical_sqdist, pairwise_sqdist
 from engine.draws import random_keys, random_uniform
 from engine.nearest import SLACK, Centres, nearer
@@ -28,13 +28,13 @@ BLOCK_DRAW, ACCEPT_DRAW, FIRST_DRAW = 1, 2, 3
 
 
 def _first_key(block: Block, seed: int, step: tuple[int, ...], m: int, taken: Ints) -> Ranked:
-    rows = block.rows[~np.isin(block.rows, taken)]
+    rows = block.rows[~among(block.rows, taken)]
     return smallest(random_keys(seed, step, rows), rows, m)
 
 
 def random_rows(shards: Shards, seed: int, step: tuple[int, ...], m: int, taken: Ints) -> Ints:
     """Return the first m rows of a seeded permutation of all rows but `taken`, eligible or not."""
-    merged = shards.map(_first_key, seed, (*step, FIRST_DRAW), m, taken, combine=partial(merge_smallest, m))
+    merged = shards.map(_first_key, seed, (*step, FIRST_DRAW), m, np.sort(taken), combine=partial(merge_smallest, m))
     return np.asarray(merged[1], dtype=np.int64)
 
 
@@ -76,6 +76,13 @@ def _draw(block: Block, owner: Ints, targets: Floats) -> tuple[Ints, Ints, Float
     return slots, block.rows[at], block.state["d2"][at]
 
 
+def _join(a: tuple[Ints, Ints, Floats], b: tuple[Ints, Ints, Floats]) -> tuple[Ints, Ints, Floats]:
+    """Combine the draws that fell in two places."""
+    if not len(a[0]) or not len(b[0]):
+        return a if len(a[0]) else b
+    return np.concatenate([a[0], b[0]]), np.concatenate([a[1], b[1]]), np.concatenate([a[2], b[2]])
+
+
 def drawn(shards: Shards, masses: Floats, draw: Draw, m: int, seed: int, step: tuple[int, ...]) -> tuple[Ints, Floats] | None:
     """Draw m vectors by their share of the mass, each of them independently; None where there is no mass.
 
@@ -89,8 +96,8 @@ def drawn(shards: Shards, masses: Floats, draw: Draw, m: int, seed: int, step: t
     owner = np.minimum(np.searchsorted(ends, targets, side="right"), np.flatnonzero(masses)[-1])
     within = np.maximum(targets - (ends - masses)[owner], 0.0)
     codes, stale = np.empty(m, dtype=np.int64), np.empty(m)
-    for mine, found, sqdist in shards.map(draw, owner, within):
-        codes[mine], stale[mine] = found, sqdist
+    mine, found, sqdist = shards.map(draw, owner, within, combine=_join)
+    codes[mine], stale[mine] = found, sqdist
     return codes, stale
 
 
