@@ -10,25 +10,25 @@ from engine.canonical import single_thread
 LINEAR_RATE, LINEAR_BATCH = 0.01, 128
 
 
-def train_head(x: torch.Tensor, y: Ints, classes: int, epochs: int, seed: int) -> torch.nn.Linear:
+def train_head(x: torch.Tensor, y: Ints, classes: int, epochs: int, seed: int, rate: float = LINEAR_RATE) -> torch.nn.Linear:
     """Return one linear layer trained on vectors x (n, d) float32 and their labels y (n,), 0 <= y < classes.
 
-    Adam, rate 0.01, batch 128, x0.1 at half and three quarters of the epochs (100 in the paper, Pourahmadi et al.
+    Adam, by default rate 0.01, batch 128, x0.1 at half and three quarters of the epochs (100 in the paper, Pourahmadi et al.
     2021), no weight decay. Deviation: stored features, so no augmentation. On one thread: more of them don't pay for products
     this small, and would round otherwise.
     """
     with single_thread():
-        return _trained(x, torch.from_numpy(y), classes, epochs, seed)
+        return _trained(x, torch.from_numpy(y), classes, epochs, seed, rate)
 
 
-def _trained(x: torch.Tensor, labels: torch.Tensor, classes: int, epochs: int, seed: int) -> torch.nn.Linear:
+def _trained(x: torch.Tensor, labels: torch.Tensor, classes: int, epochs: int, seed: int, rate: float) -> torch.nn.Linear:
     generator = torch.Generator().manual_seed(seed)
     head = torch.nn.Linear(x.shape[1], classes)
     bound = x.shape[1] ** -0.5
     with torch.no_grad():
         head.weight.uniform_(-bound, bound, generator=generator)
         head.bias.uniform_(-bound, bound, generator=generator)
-    optimizer = torch.optim.Adam(head.parameters(), lr=LINEAR_RATE)
+    optimizer = torch.optim.Adam(head.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [epochs // 2, epochs * 3 // 4], gamma=0.1)
     for _ in range(epochs):
         for batch in torch.split(torch.randperm(len(labels), generator=generator), LINEAR_BATCH):

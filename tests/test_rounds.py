@@ -19,6 +19,7 @@ from engine.info import describe
 from engine.ingest import import_features
 from engine.oracles import Waiting
 from engine.places import Place
+from engine.probe import train_head
 from engine.rounds import heads
 from engine.schema import InputError, build_options
 from engine.select import select
@@ -417,3 +418,9 @@ def test_the_command_tells_each_round(stores, tmp_path, capsys):
     shutil.rmtree(tmp_path / "o" / "round-01")
     (tmp_path / "o" / "manifest.json").unlink()
     assert describe(str(tmp_path / "o"))["rounds_done"] == 1
+
+
+def test_the_rate_of_the_linear_head():
+    x, y = torch.eye(4), np.arange(4)
+    start, slow, fast = (train_head(x, y, 4, 3, 0, rate).weight.detach() for rate in (1e-12, 1e-6, 1e-5))
+    torch.testing.assert_close((fast - start) / (slow - start), torch.full((4, 4), 10.0), rtol=0.05, atol=0)

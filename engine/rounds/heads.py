@@ -152,14 +152,17 @@ class Heads:
         place = plan.place(number).at(MODEL)
         inputs = {"features": self.store.digest, "labels": digest_of(plan.place(number).at(LABELS).read())}
         inputs |= {"test": self.test_store.digest}
-        options = {name: getattr(self.options, name) for name in ("linear_epochs", "seed", "normalize", "hold_out")}
+        options = {
+            name: getattr(self.options, name) for name in ("linear_epochs", "linear_rate", "seed", "normalize", "hold_out")
+        }
         manifest = begin(place, MODEL, inputs, options, overwrite=False)
         if manifest is None:
             began = time.perf_counter()
             train, held = self._labelled(plan, number)
             names, seen = self.subject.class_names, [one.y for one in (train, held, self.reference) if one is not None]
             classes = len(names) if names else 1 + int(max(y.max() for y in seen))
-            head = train_head(train.x, train.y, classes, self.options.linear_epochs, self.options.seed)
+            given = self.options
+            head = train_head(train.x, train.y, classes, given.linear_epochs, given.seed, given.linear_rate)
             value = accuracy(head, self.test.x, self.test.y)
             place.at(WEIGHTS).write(save({"weight": head.weight.detach(), "bias": head.bias.detach()}))
             note = f"% top-1 of a linear head on {len(train.y):,} stored vectors, {len(self.test.y):,} to test on"

@@ -77,7 +77,12 @@ class Networks:
     """A network that is trained on a pool's images; everything that can be wrong is found out when it is made."""
 
     model = MODEL
-    unused: tuple[str, ...] = (*RESOLVED, *(field.name for field in fields(PreprocessingOptions)), "linear_epochs")
+    unused: tuple[str, ...] = (
+        *RESOLVED,
+        *(field.name for field in fields(PreprocessingOptions)),
+        "linear_epochs",
+        "linear_rate",
+    )
     heavy: tuple[str, ...] = (*(f"{MODEL}/{name}" for name in (WEIGHTS, BEST, IMAGES, HELDOUT, "test")), FEATURES)
 
     def __init__(self, options: RoundsOptions, strategy: Strategy, oracle: Oracle) -> None:

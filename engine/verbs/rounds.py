@@ -82,6 +82,9 @@ class RoundsOptions(ConditionOptions, ModelOptions):
     reference_labels: ReferenceLabels = None
     encoder_option: EncoderOption = ()
     linear_epochs: LinearEpochs = 100
+    linear_rate: Annotated[
+        float, Opt("Adam's rate for the linear head; the low-budget paper's head that entropy reads has 0.001.", min=1e-9)
+    ] = 0.01
     keep_models: Annotated[
         str,
         Opt(
