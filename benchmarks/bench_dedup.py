@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import planted
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from commands import begin, coresift, digits
 from data import machine
 from PIL import Image, ImageDraw
 
@@ -42,7 +44,7 @@ WAYS: list[dict[str, Any]] = [
 SHOWN, SIDE_PX, GAP_PX = 40, 96, 8
 
 
-def run(features: str, **given: Any) -> tuple[pa.Table, float]:
+def found_by(features: str, **given: Any) -> tuple[pa.Table, float]:
     """Return excluded.parquet of a run, and its seconds."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
@@ -76,14 +78,14 @@ def sheet(pairs: pa.Table, pools: list[str], out: str) -> None:
     picture.save(out, quality=88)
 
 
-def main() -> None:
+def run(arguments: list[str]) -> None:
     """Run, print tables, and JSON."""
     parser = argparse.ArgumentParser()
     for name in ("planted", "pool", "train", "test"):
         parser.add_argument(name)
     parser.add_argument("--pools", nargs=2, required=True)
     parser.add_argument("--picture")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     pool = pq.read_table(given.pool, columns=["source", "kind"])
     source, kind = pool["source"].to_numpy(), np.array(pool["kind"].to_pylist(), dtype=object)
@@ -91,14 +93,14 @@ def main() -> None:
     rows = []
     print(f"{'way':56} {'jpeg':>7} {'crop':>7} {'bright.':>7} {'recall':>7} {'precision':>9} {'other':>6} {'s':>6}", flush=True)
     for way in WAYS:
-        table, seconds = run(given.planted, **way)
+        table, seconds = found_by(given.planted, **way)
         found = told(table, source, kind.astype(str))
         rows.append({**way, **found, "seconds": round(seconds, 1)})
         shares = " ".join(f"{found[name]:7.3f}" for name in ("jpeg", "crop", "brightness", "recall"))
         print(f"{way!s:56} {shares} {found['precision']:9.3f} {found['other']:6} {seconds:6.1f}", flush=True)
     leaks = []
     for way in ({"by": "exact"}, {"by": "phash"}, {"by": "both"}):
-        table, seconds = run(given.test, against=given.train, **way)
+        table, seconds = found_by(given.test, against=given.train, **way)
         leaks.append({**way, "test_images": len(table), "seconds": round(seconds, 1)})
         print(f"test images with a copy in train, {way}: {len(table)} ({seconds:.1f} s)", flush=True)
     if given.picture:
@@ -107,5 +109,29 @@ def main() -> None:
     print(json.dumps({"planted": rows, "leaks": leaks, "machine": machine()}))
 
 
+def larger(pool: str, out: Path) -> str:
+    """Write a pool's images at 32 x 32 px; return the file."""
+    table = pq.read_table(pool)
+    made = []
+    for image in table["image"].to_pylist():
+        sink = io.BytesIO()
+        Image.open(io.BytesIO(image["bytes"])).resize((32, 32)).save(sink, "PNG")
+        made.append({"bytes": sink.getvalue(), "path": image["path"]})
+    pq.write_table(pa.table({"image": pa.array(made, table.schema.field("image").type)}), out)
+    return str(out)
+
+
+def quick(folder: Path) -> list[str]:
+    """Return the arguments of a run on scikit-learn's digits with 60 planted copies."""
+    small = digits(folder, 300)
+    pool, test = (larger(file, folder / f"larger-{name}.parquet") for file, name in zip(small, ("pool", "test"), strict=True))
+    planted.main(pool, str(folder / "planted.parquet"), copies=60)
+    stores = {str(folder / name): file for name, file in (("p", str(folder / "planted.parquet")), ("a", pool), ("b", test))}
+    for store, file in stores.items():
+        coresift("embed", file, "--out", store, "--encoder", "pixels", "--workers", "0")
+    made, train, held = stores
+    return [made, str(folder / "planted.parquet"), train, held, "--pools", pool, test]
+
+
 if __name__ == "__main__":
-    main()
+    begin(run, quick)

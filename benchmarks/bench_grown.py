@@ -14,7 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
+from commands import begin, coresift, digits
 from data import machine
 
 from engine.evaluate import evaluate
@@ -44,7 +46,7 @@ def measured(features: str, folder: Path, test: str) -> dict[str, float]:
     return {found["metric"]: found["value"] for found in evaluate(options)}
 
 
-def main() -> None:
+def run(arguments: list[str]) -> None:
     """Run, print a table, and JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("first")
@@ -52,7 +54,7 @@ def main() -> None:
     parser.add_argument("--test", required=True)
     parser.add_argument("--budget", type=int, default=500)
     parser.add_argument("--strategies", default="coreset,kmeans,typiclust")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     stores = {name: FeatureStore(uri) for name, uri in (("first", given.first), ("grown", given.grown))}
     embedding = {
@@ -81,5 +83,17 @@ def main() -> None:
     print(json.dumps({"embedding": embedding, "selections": rows, "budget": given.budget, "machine": machine()}))
 
 
+def quick(folder: Path) -> list[str]:
+    """Return the arguments of a run on scikit-learn's digits: 1,200 of them, and then 1,497."""
+    pool, test = digits(folder, 300)
+    pq.write_table(pq.read_table(pool).slice(0, 1200), folder / "before.parquet")
+    stores = [str(folder / name) for name in ("first", "grown", "held")]
+    for file, store, more in zip(
+        (str(folder / "before.parquet"), pool, test), stores, ((), ("--reuse", stores[0]), ()), strict=True
+    ):
+        coresift("embed", file, "--out", store, "--encoder", "pixels", "--workers", "0", *more)
+    return [*stores[:2], "--test", stores[2], "--budget", "30", "--strategies", "coreset"]
+
+
 if __name__ == "__main__":
-    main()
+    begin(run, quick)

@@ -34,10 +34,10 @@ def copy_of(image: Image.Image, kind: str, rng: np.random.Generator) -> bytes:
     return sink.getvalue()
 
 
-def main(train: str, out: str, seed: int = 0) -> None:
+def main(train: str, out: str, seed: int = 0, copies: int = COPIES) -> None:
     """Write the pool."""
     table, rng = pq.read_table(train), np.random.default_rng(seed)
-    rows = rng.choice(len(table), COPIES, replace=False)
+    rows = rng.choice(len(table), copies, replace=False)
     made = []
     for number, row in enumerate(rows.tolist()):
         image = Image.open(io.BytesIO(table["image"][row]["bytes"].as_py())).convert("RGB")
@@ -45,7 +45,7 @@ def main(train: str, out: str, seed: int = 0) -> None:
     images = table["image"].combine_chunks()
     images = pa.concat_arrays([images, pa.array(made, images.type)])
     source = np.concatenate([np.full(len(table), -1), rows])
-    kind = [None] * len(table) + [KINDS[number % 3] for number in range(COPIES)]
+    kind = [None] * len(table) + [KINDS[number % 3] for number in range(copies)]
     pq.write_table(pa.table({"image": images, "source": source, "kind": kind}), out, row_group_size=2000)
 
 
